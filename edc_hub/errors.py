@@ -1,0 +1,9 @@
+"""The one exception a user can cause."""
+
+
+class InputError(ValueError):
+    """What the user gave is wrong: a recipe key, a file, a data set, a device.
+
+    The message is one line: the key or file, what is wrong with it, and what to write instead. Commands print it
+    without a traceback and exit with status 2.
+    """

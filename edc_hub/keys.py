@@ -1,0 +1,183 @@
+"""What the recipe's models say about its keys: the list that `--help` prints, and errors in one line."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from .recipe import Recipe, Section
+
+
+class Key(NamedTuple):
+    """One key of a recipe. `path` is dotted; below a list of sections it has `[]`: observers.networks[].arch."""
+
+    path: str
+    field: FieldInfo
+    section: type[Section] | None  # of a key that holds a section, or a list of sections
+
+    @property
+    def default(self) -> Any:
+        return self.field.get_default(call_default_factory=True)
+
+
+def walk(section: type[Section] = Recipe, above: str = "") -> Iterator[Key]:
+    """Every key of `section` and of the sections inside it, in the order of the models."""
+    for name, field in section.model_fields.items():
+        inner, listed = _inner(field.annotation)
+        yield Key(above + name, field, inner)
+        if inner:
+            yield from walk(inner, f"{above}{name}{'[]' if listed else ''}.")
+
+
+def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
+    """The section class inside `Section`, `Section | None` or `list[Section]`, and whether it is a list."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation, False
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    found = [_inner(arg)[0] for arg in args] if origin in (list, types.UnionType, typing.Union) else []
+    return next((section for section in found if section), None), origin is list
+
+
+def table() -> dict[str, Key]:
+    """The keys by path."""
+    return {key.path: key for key in walk()}
+
+
+def describe(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
+    """A type in words: 'integer >= 1', 'list of 3 numbers', 'edc | rded', 'text or null'."""
+    limits = _limits(metadata)
+    words = {int: "integer", float: "number", str: "text", bool: "true | false", dict: "keys and values", Any: "value"}
+    origin, args = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return describe(args[0], [*args[1:], *metadata])
+    if origin is Literal:
+        return " | ".join(map(str, args))
+    if origin is list:
+        length = f"{limits['min_length']} x " if "min_length" in limits else ""
+        return f"list of {length}{describe(args[0])}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join("null" if arg is type(None) else describe(arg) for arg in args)
+    if isinstance(origin, type) and issubclass(origin, Section):
+        return "section"
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    return " ".join([words[origin], *(f"{sign} {limits[name]:g}" for name, sign in signs.items() if name in limits)])
+
+
+def _limits(metadata: Any) -> dict[str, Any]:
+    """Bounds and lengths among pydantic's metadata; a FieldInfo inside Annotated carries its own."""
+    found: dict[str, Any] = {}
+    for item in metadata:
+        found |= _limits(item.metadata) if isinstance(item, FieldInfo) else {}
+        for name in ("ge", "gt", "le", "lt", "min_length"):
+            if getattr(item, name, None) is not None:
+                found[name] = getattr(item, name)
+    return found
+
+
+def help_lines() -> Iterator[str]:
+    """Two lines a key: its path, type and default; its meaning."""
+    for key in walk():
+        if key.section:
+            listed = "  (a list; each entry has these keys)" if "list" in describe(key.field.annotation) else ""
+            yield f"\n{key.path}: {key.field.description}{listed}"
+            continue
+        dashes = "  " if "[]" in key.path else "  --"
+        kind = describe(key.field.annotation, key.field.metadata)
+        default = "required" if key.field.is_required() else f"default {json.dumps(key.default, ensure_ascii=False)}"
+        yield f"{dashes}{key.path}  {kind}, {default}\n        {key.field.description}"
+
+
+def complaint(error: ValidationError) -> str:
+    """The first thing pydantic found, as one line: where, what is wrong, what to write instead."""
+    # an unknown key goes first: what is missing or wrong elsewhere often follows from it
+    found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+    entry = found[0]
+    place, path = _place(entry["loc"])
+    kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{place}: unknown key{_meant(path)}"
+    if kind == "missing":
+        return f"{place}: missing; {_example(path)}"
+    if kind == "value_error":
+        return ".".join(filter(None, (place, str(context["error"]))))
+    if kind == "invalid_key":
+        return f"{place}: a key must be text, got {value!r}; write it in quotes"
+    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path)}"
+
+
+def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
+    """pydantic's location as ('observers.networks[0].arch', 'observers.networks[].arch')."""
+    loc = tuple(part for part in loc if part not in ("str", "int"))  # the branches of a union are no keys
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    path = "".join("[]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
+    return place, path
+
+
+def _expected(kind: str, context: dict[str, Any]) -> str:
+    words = {
+        "int_type": "an integer",
+        "int_from_float": "an integer",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "string_type": "text",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "dict_type": "keys and values",
+        "model_type": "a section of keys and values",
+        "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
+        "literal_error": f"one of {context.get('expected')}",
+        "too_short": f"a list of {context.get('min_length')}",
+        "too_long": f"a list of {context.get('max_length')}",
+        "greater_than": f"more than {context.get('gt'):g}" if "gt" in context else "",
+        "greater_than_equal": f"at least {context.get('ge'):g}" if "ge" in context else "",
+        "less_than": f"less than {context.get('lt'):g}" if "lt" in context else "",
+        "less_than_equal": f"at most {context.get('le'):g}" if "le" in context else "",
+    }
+    return words.get(kind, kind.replace("_", " "))
+
+
+def _example(path: str) -> str:
+    """'write e.g. --ipc 10': the way to write a key, with its default or a value of its kind."""
+    key = table().get(path.removesuffix("[]"))
+    if key is None:
+        return "see --help"
+    annotation = key.field.annotation
+    if key.section:
+        name, value = next((name, field.get_default()) for name, field in key.section.model_fields.items())
+        shown = f"{{{name}: {json.dumps(value) if value is not PydanticUndefined else '…'}, …}}"
+        return f"write e.g. {key.path}: {f'[{shown}]' if 'list' in describe(annotation) else shown}"
+    value = key.default
+    if value in (None, PydanticUndefined):
+        kind = describe(annotation, key.field.metadata)
+        samples = {"integer": 10, "number": 0.1, "list of text": ["a", "b"], "list of text or integer": [3, 5]}
+        samples |= {"list of integer": [1, 2], "list of 3 x number": [0.5, 0.5, 0.5]}
+        value = next((sample for start, sample in sorted(samples.items(), reverse=True) if kind.startswith(start)), "name")
+    text = value if isinstance(value, str) else json.dumps(value)
+    if "[]" in path.removesuffix("[]"):
+        return f"write e.g. {path.rpartition('.')[2]}: {text}"
+    return f"write e.g. --{path.removesuffix('[]')} {repr(text) if ' ' in text else text}"
+
+
+def _meant(path: str) -> str:
+    """'; did you mean …': a near name in the same section, else the same or a near name in another one."""
+    section, _, name = path.rpartition(".")
+    every = list(table())
+    here = [known.removeprefix(f"{section}.") for known in every if known.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(name, here, 1, 0.7)
+    if not near:
+        elsewhere = {known.rpartition(".")[2]: known for known in reversed(every)}
+        near = [elsewhere[match] for match in difflib.get_close_matches(name, elsewhere, 1, 0.8)]
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; {section or 'a recipe'} has: {', '.join(here)}" if here else "; see --help"
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,316 @@
+"""The sections of a recipe as typed models: every key with its meaning, its default and its range.
+
+A key's help text is its `Field(description=...)`; `--help` prints it. Where a default is a published value the
+text names the table. Nothing here imports torch: a wrong recipe is refused within a second.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Area = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class Source(Section):
+    """The real image-classification set."""
+
+    path: str = Field("sklearn/digits", description="anything load_dataset takes (Hub id, local folder), or sklearn/digits")
+    name: str | None = Field(None, description="configuration of the set")
+    revision: str | None = Field(None, description="branch, tag or commit of a Hub set")
+    image_column: str | None = Field(None, description="image column; found by its feature when not given")
+    label_column: str | None = Field(None, description="label column; found by its feature when not given")
+    train_split: str = Field("train", description="split that is condensed")
+    test_split: str = Field("test", description="split that accuracies are measured on; never used for a choice")
+    streaming: bool = Field(False, description="read the set as a stream; nothing but the rows in use is kept")
+    classes: list[str | int] | None = Field(None, description="names or numbers of the classes to keep, in this order")
+    size: Positive = Field(16, description="side in pixels of the square images that everything works on")
+    resize: Literal["shorter_side_center_crop", "squash"] = Field(
+        "shorter_side_center_crop", description="how an image of another size becomes square where no crop is drawn"
+    )
+    mean: Channels = Field([0.5, 0.5, 0.5], description="per-channel mean that defines the normalised space")
+    std: Channels = Field([0.5, 0.5, 0.5], description="per-channel standard deviation of the normalised space")
+    holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="stratified fraction of the training split kept from everything but choices"
+    )
+    holdout_seed: Count = Field(0, description="seed of that split; the same for every run that is compared")
+
+    @model_validator(mode="after")
+    def _std_positive(self):
+        if min(self.std) <= 0:
+            raise ValueError("std: every value must be above 0")
+        return self
+
+
+class Train(Section):
+    """How an observer is trained (SGD with cross-entropy)."""
+
+    epochs: Positive = Field(10, description="epochs of training")
+    snapshots: list[Positive] | None = Field(
+        None, description="epochs after which the weights are kept, named net@epoch; the last epoch always is"
+    )
+    batch: Positive = Field(64, description="images a step")
+    lr: Rate = Field(0.05, description="learning rate")
+    momentum: Decay = Field(0.9, description="momentum of SGD")
+    weight_decay: Rate = Field(0.0, description="weight decay")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the steps")
+    augment: Literal["none", "pad_crop", "rrc"] = Field("pad_crop", description="crop of each training image")
+    pad: Count = Field(4, description="zero padding in pixels for pad_crop")
+    crop_area: Area = Field([0.08, 1.0], description="area range of rrc (RandomResizedCrop)")
+    flip: bool = Field(True, description="mirror half of the images")
+
+    @model_validator(mode="after")
+    def _snapshots(self):
+        if self.snapshots and max(self.snapshots) > self.epochs:
+            raise ValueError(f"snapshots: {max(self.snapshots)} is after the last epoch; raise epochs or drop it")
+        return self
+
+
+class Network(Section):
+    """One observer: its architecture and where its weights come from."""
+
+    name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
+    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
+    args: dict[str, Any] = Field({}, description="arguments of the architecture (width, depth, norm, …)")
+    stem: Literal["auto", "small", "standard"] = Field(
+        "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
+    )
+    input_size: Positive | None = Field(None, description="side the network wants; images are resized to it")
+    mean: Channels | None = Field(None, description="normalisation of the network, if not the source's")
+    std: Channels | None = Field(None, description="normalisation of the network, if not the source's")
+    weights: str | None = Field(None, description="Hub id, .safetensors file or foreign .pth; not given: trained here")
+    train: Train | None = Field(None, description="training of this network; keys not given are those of observers.train")
+
+    @model_validator(mode="after")
+    def _weights_or_training(self):
+        if (self.weights is None) == (self.train is None) and self.weights is None:
+            raise ValueError(f"{self.name}: give weights, or train it here")
+        return self
+
+
+class Observers(Section):
+    """The networks that see the real set. Stages pick from them by name or name@epoch."""
+
+    seed: Count = Field(0, description="seed of their training; apart from seed, so that sets of many seeds share them")
+    train: Train = Field(Train(), description="training of every network without weights; a network's train overrides")
+    networks: list[Network] = Field([], description="the observers, with unique names")
+    check_images: Positive = Field(2000, description="training images an observer's accuracy is measured on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_training(cls, data):
+        if not isinstance(data, dict) or not isinstance(data.get("networks"), list):
+            return data
+        shared = data.get("train", {})
+        shared = shared.model_dump() if isinstance(shared, Train) else shared
+        networks = []
+        for net in data["networks"]:
+            if isinstance(net, dict) and isinstance(shared, dict):
+                own = net.get("train")
+                if isinstance(own, dict) or (own is None and net.get("weights") is None):
+                    net = {**net, "train": {**shared, **(own or {})}}
+            networks.append(net)
+        return {**data, "networks": networks}
+
+    @model_validator(mode="after")
+    def _unique(self):
+        names = [net.name for net in self.networks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"networks: two observers are called '{name}'; give each its own name")
+        return self
+
+
+class Moments(Section):
+    """Per-class moments of the inputs of the observers' layers over the real set (spec of the targets: Eq. 4-5)."""
+
+    batch: Positive = Field(64, description="images a forward pass")
+    rows: Positive = Field(4096, description="rows a unit of work")
+    augment: Literal["none", "pad_crop", "rrc"] = Field("none", description="crop of each real image, seeded by its row")
+    pad: Count = Field(4, description="zero padding in pixels for pad_crop")
+    crop_area: Area = Field([0.08, 1.0], description="area range of rrc")
+    flip: bool = Field(True, description="mirror half of the images, where augment is not none")
+    patch: Positive = Field(4, description="side of a tile of the patch moments; 16 at 224 px")
+    target: Literal["reference", "exact", "finite"] = Field(
+        "reference", description="variance target: within images | plus between images | what IPC images can have"
+    )
+    bn_target: Literal["running", "pass"] = Field(
+        "running", description="global target of BatchNorm layers: their running buffers, or this pass"
+    )
+
+
+class Initialize(Section):
+    """What each condensed image starts from."""
+
+    kind: Literal["real", "rded", "kmeans", "noise"] = Field("real", description="how images are chosen or made")
+    observers: list[str] | None = Field(None, description="scoring networks (rded) or the feature network (kmeans)")
+    batch: Positive = Field(100, description="images a forward pass")
+    variant: Literal["rded", "edc"] = Field("rded", description="RDED's own selector, or EDC's (data_synthesis_without_optim)")
+    images_per_class: Positive = Field(300, description="real images a class that are looked at (mipc)")
+    crops: Positive = Field(5, description="crops an image (rded); the edc variant draws 1024 a class")
+    factor: Positive = Field(1, description="tiles a side: 2 puts 2x2 crops on one image")
+    crop_area: Area = Field([0.08, 1.0], description="area range of the scored crops")
+    iterations: Positive = Field(50, description="k-means iterations")
+
+
+class Flatness(Section):
+    """Flatness regularisation, EDC section 3.3."""
+
+    kind: Literal["none", "logits"] = Field("none", description="logits: L'_FR, towards the logits of the averaged images")
+    weight: Rate = Field(0.25, description="weight of the term (Table 4)")
+    beta: Decay = Field(0.99, description="decay of the image average (Table 4)")
+    tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature (Table 4)")
+    direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
+    reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
+
+
+class Densification(Section):
+    """Data densification of G-VBSM: the Gram spectrum of a class's images, distilled from a flatter copy of itself."""
+
+    weight: Rate = Field(0.0, description="weight of the term; 0: off")
+    tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature of the target spectrum")
+
+
+class Synthesize(Section):
+    """Optimisation of the images, EDC section 3.2."""
+
+    observers: list[str] | None = Field(None, description="networks whose statistics are matched, round-robin")
+    block: Positive = Field(100, description="images optimised and measured together")
+    block_order: Literal["class_major", "across_class"] = Field(
+        "class_major", description="class_major: all images of a class, then the next; across_class: one of each"
+    )
+    iterations: Count = Field(2000, description="steps of Adam; 0 publishes the initial images")
+    lr: Rate = Field(0.05, description="learning rate, in units of the source's std")
+    betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field([0.5, 0.9], description="betas of Adam")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="eps of Adam")
+    crop_area: Area = Field([0.5, 1.0], description="area range of the crop the block shares each step")
+    flip: bool = Field(True, description="mirror the block in half of the steps")
+    jitter: Count = Field(0, description="largest roll in pixels of the block each step")
+    weight: Rate = Field(0.01, description="r: weight of the sum of layer losses against cross-entropy")
+    first_layer: Rate = Field(10.0, description="weight of the first matched layer; the others have 1")
+    layers: list[Literal["bn", "conv", "patch"]] = Field(
+        ["bn", "conv", "patch"], description="inputs of BatchNorm2d, of Conv2d, and tiles of the inputs of Conv2d"
+    )
+    drop_rate: Decay = Field(0.0, description="share of the Conv2d layers left out at random each step")
+    alpha: Fraction = Field(0.5, description="weight of the global form against the class form (Eq. 5)")
+    class_scope: Literal["per_class", "mixture", "local"] = Field(
+        "mixture", description="class form: each class by itself | the block's mixture | freshly drawn real images"
+    )
+    local_images: Positive = Field(10, description="real images a class drawn for class_scope local")
+    ema: Decay = Field(0.8, description="momentum of the running statistic of the block")
+    flatness: Flatness = Field(Flatness(), description="flatness regularisation")
+    densification: Densification = Field(Densification(), description="data densification")
+
+
+class Relabel(Section):
+    """Soft labels: the observers' mean logits of many views of each published image."""
+
+    observers: list[str] | None = Field(None, description="networks whose logits are averaged")
+    epochs: Positive = Field(1000, description="label epochs: views of each image")
+    batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
+    observer_mode: Literal["running", "batch"] = Field("running", description="BatchNorm by running or batch statistics")
+    view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
+    crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop")
+    flip: bool = Field(True, description="mirror half of the views")
+    rand_augment: Count = Field(0, description="RandAugment operations a view; 0: none")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
+    shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
+    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
+    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of lambda")
+    mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")
+    controls: bool = Field(True, description="label the initial images and random real images too")
+    random_draws: Positive = Field(3, description="draws of random real images")
+
+
+class Images(Section):
+    """How images are stored."""
+
+    format: Literal["png", "jpeg", "webp"] = Field("png", description="encoding above 64 px; below it always png")
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="quality of jpeg and webp")
+
+
+class Evaluation(Section):
+    """The protocol a student is trained with. Carried in the published recipe."""
+
+    students: list[str] = Field(["resnet18"], description="architectures")
+    loss: Literal["mse_ce", "kl", "ce"] = Field("mse_ce", description="mse_ce: MSE on logits + ce_weight CE on the label")
+    ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed label")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser; no decay on one-dimensional parameters")
+    lr: Rate = Field(1e-3, description="learning rate")
+    weight_decay: Rate = Field(0.01, description="weight decay")
+    momentum: Decay = Field(0.9, description="momentum of sgd")
+    batch: Positive = Field(50, description="views a step")
+    epochs: Positive = Field(1000, description="epochs")
+    schedule: Literal["smooth", "ssrs", "multistep", "linear"] = Field("smooth", description="learning rate over epochs")
+    zeta: Annotated[float, Field(gt=0)] = Field(2.0, description="smooth: half a cosine over zeta times the epochs")
+    milestones: list[Positive] = Field([800, 900, 950], description="epochs of multistep")
+    gamma: Rate = Field(0.5, description="factor of multistep")
+    ema: Decay = Field(0.99, description="weight average a step")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Name = Field("digits", description="short name of the data set; picks the method's block and names the run")
+    method: str = Field("edc", description="a file of recipes/methods")
+    ipc: Positive = Field(10, description="images per class")
+    seed: Count = Field(0, description="seed of the set")
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="arithmetic of the networks on an accelerator; moments are always float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
+    threads: Positive | None = Field(None, description="CPU threads a process; cores / local processes when not given")
+    checkpoint_seconds: Rate = Field(60.0, description="seconds between the saves inside a long unit of work")
+    output_dir: str | None = Field(None, description="run folder; runs/<name>-<method>-ipc<ipc> when not given")
+    source: Source = Field(Source(), description="the real set")
+    observers: Observers = Field(Observers(), description="the networks that see it")
+    moments: Moments = Field(Moments(), description="moments of their layers")
+    initialize: Initialize = Field(Initialize(), description="initial images")
+    synthesize: Synthesize = Field(Synthesize(), description="optimisation of the images")
+    relabel: Relabel = Field(Relabel(), description="soft labels")
+    images: Images = Field(Images(), description="encoding of the images")
+    evaluation: Evaluation = Field(Evaluation(), description="protocol of the students")
+
+    @model_validator(mode="after")
+    def _observer_names(self):
+        known = {net.name: net for net in self.observers.networks}
+        for section in ("initialize", "synthesize", "relabel"):
+            for entry in getattr(self, section).observers or []:
+                name, _, epoch = entry.partition("@")
+                if name not in known:
+                    raise ValueError(f"{section}.observers: no observer '{name}'; there are: {', '.join(known) or 'none'}")
+                kept = snapshots(known[name])
+                if epoch and (not epoch.isdecimal() or int(epoch) not in kept):
+                    given = ", ".join(map(str, kept)) or "none: its weights are loaded"
+                    raise ValueError(f"{section}.observers: {entry} was not kept; snapshots of {name}: {given}")
+        return self
+
+
+def snapshots(network: Network) -> list[int]:
+    """The epochs whose weights are kept, ascending; empty for a network that is only loaded."""
+    if network.train is None:
+        return []
+    return sorted({*(network.train.snapshots or []), network.train.epochs})
+
+
+def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
+    """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last."""
+    last = {net.name: (snapshots(net) or [0])[-1] for net in recipe.observers.networks}
+    chosen = []
+    for entry in list(last) if entries is None else entries:
+        name, _, epoch = entry.partition("@")
+        chosen.append((name, int(epoch) if epoch else last[name]))
+    return chosen

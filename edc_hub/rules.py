@@ -1,0 +1,4 @@
+from .recipe import Recipe
+
+
+def validate(recipe: Recipe) -> None: pass

@@ -1,0 +1,278 @@
+"""Synthesis: the initial images are optimised until the observers' statistics of them are those of the real set.
+
+EDC section 3.2, Eq. 5. The optimised tensor `z` lives in the source's normalised space, so learning rates are in units
+of the source's std, as in every paper of the family; networks see `x = z * std + mean` in [0, 1].
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import matching, work
+from .initialize import Initial
+from .matching import Matcher
+from .moments import Moments, Targets
+from .networks import Network
+from .observers import Observers
+from .recipe import Recipe, Source, Synthesize, selected
+from .source import RealSet
+from .taps import Taps
+from .work import Progress, Session, Unit
+
+
+STAGE, VERSION = "blocks", 1
+
+
+def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
+    """Image ids of each block, int64. An image's id is `class * ipc + k`.
+
+    `class_major` cuts 0, 1, 2, … into blocks; `across_class` takes the first image of every class, then the second.
+    """
+    ids = torch.arange(classes * ipc)
+    if order == "across_class":
+        ids = ids.view(classes, ipc).t().reshape(-1)
+    return list(ids.split(block))
+
+
+def cosine(step: int, steps: int) -> float:
+    """Factor of the learning rate at `step` of `steps`: from 1 down to nearly 0 (Tables 6-10)."""
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+class Pixels:
+    """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s)."""
+
+    def __init__(self, source: Source, device: torch.device):
+        self.mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(source.std, device=device).view(1, 3, 1, 1)
+
+    def to_z(self, images: Tensor) -> Tensor:
+        """uint8 to normalised float32."""
+        return (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """Normalised float to [0, 1]."""
+        return z * self.std + self.mean
+
+    def clamp(self, z: Tensor) -> None:
+        """Keeps x in [0, 1], in place."""
+        with torch.no_grad():
+            z.clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
+
+    def to_bytes(self, z: Tensor) -> Tensor:
+        """Normalised float to uint8 on the CPU, rounded."""
+        return self.to_x(z).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+class Crop:
+    """One RandomResizedCrop, flip and roll, shared by the whole block, drawn anew each step."""
+
+    def __init__(self, size: int, section: Synthesize, generator: torch.Generator):
+        self.size = size
+        self.top, self.left, self.height, self.width = crop_box(size, section.crop_area, generator)
+        draws = torch.rand(3, generator=generator).tolist()
+        self.flip = section.flip and draws[0] < 0.5
+        roll = [int(d * (2 * section.jitter + 1)) - section.jitter for d in draws[1:]]
+        self.roll = roll if any(roll) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) to the same shape, differentiable."""
+        x = x[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        if self.flip:
+            x = x.flip(-1)
+        return x if self.roll is None else x.roll(self.roll, (-2, -1))
+
+
+def crop_box(size: int, area: Sequence[float], generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height, width of a random crop: area share in `area`, ratio log-uniform in 3/4 to 4/3.
+
+    As torchvision's RandomResizedCrop: the first of ten draws that fits, else the largest centred crop of the ratio.
+    """
+    draws = torch.rand(10, 4, generator=generator).tolist()
+    for share, ratio, top, left in draws:
+        pixels = size * size * (area[0] + share * (area[1] - area[0]))
+        ratio = math.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
+        width, height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < width <= size and 0 < height <= size:
+            return int(top * (size - height + 1)), int(left * (size - width + 1)), height, width
+    return 0, 0, size, size
+
+
+class Observed:
+    """One observer in one block: its network with taps on the layers, and the matcher that holds its targets."""
+
+    def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe):
+        self.network = network
+        self.taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
+        self.taps.shift = targets.global_mean
+        self.matcher = Matcher(targets, recipe.synthesize, labels)
+
+    def loss(
+        self, x: Tensor, averaged: Tensor | None, labels: Tensor, section: Synthesize, generator: torch.Generator
+    ) -> Tensor:
+        """CE + r * sum of layer losses + flatness + densification: a scalar of the view `x` (B, 3, s, s) in [0, 1].
+
+        `averaged` is the same view of the averaged images, where flatness asks for it.
+        """
+        with self.taps:
+            logits = self.network(x).float()
+        loss = F.cross_entropy(logits, labels)
+        loss = loss + section.weight * self.matcher(*self.taps.collect(), generator)
+        if averaged is not None:
+            with torch.no_grad():
+                target = self.network(averaged).float()
+            loss = loss + section.flatness.weight * matching.flatness(logits, target, section.flatness)
+        if section.densification.weight:
+            term = matching.densification(x, labels, section.densification.tau)
+            loss = loss + section.densification.weight * term
+        return loss
+
+
+def optimise(
+    images: Tensor,
+    labels: Tensor,
+    observed: list[Observed],
+    recipe: Recipe,
+    session: Session,
+    generator: torch.Generator,
+    progress: Progress,
+) -> tuple[Tensor, Tensor]:
+    """Optimises one block.
+
+    Args:
+        images: uint8 (B, 3, s, s), what it starts from.
+        labels: int64 (B,).
+        observed: the observers, visited round-robin.
+        generator: of this block; every draw comes from it.
+        progress: saves inside the block.
+
+    Returns:
+        uint8 (B, 3, s, s), the last iterate, and float32 (T,), the loss of each step.
+    """
+    section, pixels = recipe.synthesize, Pixels(recipe.source, session.device)
+    labels = labels.to(session.device)
+    z = pixels.to_z(images).requires_grad_()
+    average = z.detach().clone()  # X_EMA
+    adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
+    losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
+    start = _restore(progress, z, average, adam, losses, observed, generator)
+    bar = session.bar(range(start, section.iterations), desc="synthesize", unit="it", leave=False)
+    for step in bar:
+        adam.param_groups[0]["lr"] = section.lr * cosine(step, section.iterations)
+        crop = Crop(images.shape[-1], section, generator)
+        flat = section.flatness.kind == "logits"
+        if flat:
+            average.lerp_(z.detach(), 1 - section.flatness.beta)
+        with session.autocast():
+            loss = observed[step % len(observed)].loss(
+                crop(pixels.to_x(z)), crop(pixels.to_x(average)) if flat else None, labels, section, generator
+            )
+        (z.grad,) = torch.autograd.grad(loss, z)
+        adam.step()
+        pixels.clamp(z)
+        losses[step] = loss.detach()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{losses[step]:.3f}")
+        done = step + 1
+        progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
+    return pixels.to_bytes(z.detach()), losses
+
+
+def _saved(step, z, average, adam, losses, observed, generator) -> dict[str, Tensor]:
+    tensors = {"step": torch.tensor(step), "z": z, "average": average, "losses": losses}
+    tensors |= {f"adam.{key}": value for key, value in adam.state[z].items()}
+    tensors["generator"] = generator.get_state()
+    for index, one in enumerate(observed):
+        tensors |= {f"{index}.{key}": value for key, value in one.matcher.state().items()}
+    return tensors
+
+
+def _restore(progress, z, average, adam, losses, observed, generator) -> int:
+    saved = progress.load()
+    if saved is None:
+        return 0
+    with torch.no_grad():
+        z.copy_(saved["z"])
+    average.copy_(saved["average"])
+    losses.copy_(saved["losses"])
+    adam.state[z] = {key[5:]: value.to(z.device) for key, value in saved.items() if key.startswith("adam.")}
+    adam.state[z]["step"] = saved["adam.step"]  # Adam keeps its count on the CPU
+    generator.set_state(saved["generator"])
+    for index, one in enumerate(observed):
+        prefix = f"{index}."
+        one.matcher.restore({key[len(prefix) :]: value for key, value in saved.items() if key.startswith(prefix)})
+    return int(saved["step"])
+
+
+def local_targets(
+    targets: Targets, network: Network, real: RealSet, counts: Tensor, recipe: Recipe, generator: torch.Generator
+) -> Targets:
+    """Targets whose class form is the statistics of freshly drawn real images of the block's classes.
+
+    `class_scope: local`, edc.md 1.4: `local_images` rows a class, weighted by the classes' shares of the block.
+    """
+    rows, weights = [], []
+    for label in counts.nonzero().flatten().tolist():
+        of_class = real.rows(label)
+        drawn = of_class[torch.randperm(len(of_class), generator=generator)[: recipe.synthesize.local_images]]
+        rows.append(drawn)
+        weights.append(torch.full((len(drawn),), counts[label] / counts.sum() / len(drawn)))
+    taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
+    taps.shift = targets.global_mean
+    device = targets.global_mean.device
+    weights, first, second = torch.cat(weights).to(device), [], []
+    for images, _, _ in real.batches(torch.cat(rows), recipe.moments.batch):
+        with torch.no_grad(), taps:
+            network(images.to(device).float() / 255)
+        a, b = taps.collect()
+        first.append(a), second.append(b)
+    mean, var = matching.group(torch.cat(first), torch.cat(second), targets.global_mean, weights[None])
+    return targets._replace(mixture_mean=mean[0], mixture_var=var[0])
+
+
+def obtain(
+    recipe: Recipe, real: RealSet, observers: Observers, moments: Moments | None, initial: Initial, session: Session
+) -> Tensor:
+    """The condensed images, uint8 (C*IPC, 3, s, s), class-major. With `iterations: 0` the initial images."""
+    section = recipe.synthesize
+    if section.iterations == 0:
+        return initial.images
+    chosen = selected(recipe, section.observers)
+    blocks = plan(len(real.names), recipe.ipc, section.block, section.block_order)
+    labels = torch.arange(len(real.names)).repeat_interleave(recipe.ipc)
+    settings = {
+        "seed": recipe.seed,
+        "precision": recipe.precision if session.device.type != "cpu" else "float32",
+        "synthesize": section.model_dump(exclude={"observers"}),
+        "moments": moments.fingerprint(chosen),
+        "source": [recipe.source.mean, recipe.source.std],
+        "initial": initial.fingerprint,
+    }
+    mark = work.fingerprint(STAGE, VERSION, **settings)
+    units = [Unit(STAGE, f"{recipe.name}-ipc{recipe.ipc}-{index:05d}", mark) for index in range(len(blocks))]
+    networks = {}  # loaded when the first missing block needs them
+
+    def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
+        ids = blocks[units.index(unit)]
+        counts = torch.bincount(labels[ids], minlength=len(real.names))
+        observed = []
+        for name, epoch in chosen:
+            if (name, epoch) not in networks:
+                networks[name, epoch] = observers.load(name, epoch)
+            targets = moments.targets(name, epoch, counts)
+            if section.class_scope == "local":
+                targets = local_targets(targets, networks[name, epoch], real, counts, recipe, generator)
+            observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe))
+        images, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
+        return {"images": images, "losses": losses}, {}
+
+    work.run(units, make, session, seed=recipe.seed, label="synthesize")
+    result = torch.empty_like(initial.images)
+    for unit, ids in zip(units, blocks, strict=True):
+        result[ids] = session.store.load(unit)["images"]
+    return result

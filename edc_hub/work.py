@@ -1,0 +1,242 @@
+"""Units of work: the one mechanism behind resume, sharing between runs, and equal bytes for any number of processes.
+
+A stage is a list of units and a function that makes one. A unit is one file, named by a fingerprint of everything
+that decides its content, made with a generator of its own. A process takes every `num_processes`-th missing unit, so
+nothing depends on who made what; a file appears by a rename, so it is there whole or not at all.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .errors import InputError
+
+
+class Unit(NamedTuple):
+    """One file of a stage: `artifacts/<stage>/<name>-<fingerprint>.safetensors`."""
+
+    stage: str
+    name: str
+    fingerprint: str
+
+
+def fingerprint(stage: str, version: int, **inputs: Any) -> str:
+    """16 hex digits that stand for `inputs` (plain JSON values) and the version of the stage's code."""
+    text = json.dumps({"stage": stage, "version": version, **inputs}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def generator(seed: int, stage: str, unit: str) -> torch.Generator:
+    """A CPU generator that depends on (seed, stage, unit) alone, never on the process or the order of work."""
+    digest = hashlib.sha256(f"{seed}/{stage}/{unit}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that carries host and process, for writing before a rename."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary name and renames. OSErrors of the disk become an InputError naming `path`."""
+    part = temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except Exception as error:
+        disk = _disk_error(error)
+        if disk is None:
+            raise
+        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
+    finally:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass  # a read-only disk, reported above
+
+
+def _disk_error(error: Exception) -> str | None:
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+        errno.EROFS: "the disk is read-only; choose another output_dir",
+        errno.EACCES: "no permission; choose another output_dir",
+        errno.EPERM: "no permission; choose another output_dir",
+        errno.ENOTDIR: "a part of the path is a file; choose another output_dir",
+        errno.EEXIST: "a part of the path is a file; choose another output_dir",
+        errno.EFBIG: "the file is larger than this disk or process may write",
+    }
+    if isinstance(error, OSError):
+        return reasons.get(error.errno)
+    # safetensors writes in Rust and reports its I/O errors as text
+    found = [reason for code, reason in reasons.items() if f"os error {code})" in str(error)]
+    return found[0] if found else None
+
+
+class Store:
+    """Finished units in a folder of safetensors files, shared by runs and processes, never overwritten."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def path(self, unit: Unit) -> Path:
+        return self.root / unit.stage / f"{unit.name}-{unit.fingerprint}.safetensors"
+
+    def has(self, unit: Unit) -> bool:
+        return self.path(unit).exists()
+
+    def save(self, unit: Unit, tensors: dict[str, Tensor], facts: dict | None = None) -> None:
+        """Writes `tensors` and a dictionary of JSON facts. One metadata key: several have no fixed order on disk."""
+        facts = {"facts": json.dumps(facts or {}, sort_keys=True)}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(self.path(unit), lambda path: save_file(tensors, path, metadata=facts))
+
+    @contextmanager
+    def open(self, unit: Unit) -> Iterator[Any]:
+        """The safetensors handle: `.keys()`, `.get_tensor(name)`, `.get_slice(name)[a:b]`."""
+        with safe_open(self.path(unit), "pt") as file:
+            yield file
+
+    def load(self, unit: Unit) -> dict[str, Tensor]:
+        with self.open(unit) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+
+    def facts(self, unit: Unit) -> dict:
+        with self.open(unit) as file:
+            return json.loads(file.metadata()["facts"])
+
+
+class Progress:
+    """Saves inside one long unit, so that a killed run loses at most `seconds` of it.
+
+    The saved state must be all that the rest of the unit depends on, so that resumed and undisturbed work agree to
+    the bit. When a save is due depends on the clock; what is computed does not.
+    """
+
+    def __init__(self, path: Path, seconds: float):
+        self.path, self.seconds, self.last = path, seconds, time.monotonic()
+
+    def load(self) -> dict[str, Tensor] | None:
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+
+    def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Saves `state()` if a save is due."""
+        if time.monotonic() - self.last < self.seconds:
+            return
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
+        write_atomically(self.path, lambda path: save_file(tensors, path))
+        self.last = time.monotonic()
+
+
+@dataclass
+class Session:
+    """What every stage needs of the process it runs in."""
+
+    store: Store
+    state: PartialState
+    device: torch.device
+    dtype: torch.dtype = torch.float32  # of the networks' arithmetic; moments and images stay float32
+    checkpoint_seconds: float = 60.0
+    progress_bars: bool = True
+
+    def bar(self, iterable: Any = None, **options: Any) -> tqdm:
+        """A progress bar on stderr, on the main process only."""
+        return tqdm(iterable, disable=not (self.progress_bars and self.state.is_main_process), **options)
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision where `precision` asks for it and the device is an accelerator."""
+        enabled = self.dtype != torch.float32 and self.device.type != "cpu"
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+
+    def report(self, text: str) -> None:
+        """A line of prose on stderr, from the main process."""
+        if self.state.is_main_process:
+            tqdm.write(text)
+
+
+Make = Callable[[Unit, torch.Generator, Progress], tuple[dict[str, Tensor], dict]]
+
+
+def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: str) -> int:
+    """Makes the units that are missing, sharded over the processes, and waits until all are there.
+
+    `make(unit, generator, progress)` returns the unit's tensors and a dictionary of JSON facts about it. Returns how
+    many units were missing.
+    """
+    state, store = session.state, session.store
+    missing = [unit for unit in units if not store.has(unit)]
+    state.wait_for_everyone()  # all have looked before the first writes
+    mine = missing[state.process_index :: state.num_processes]
+    for unit in session.bar(mine, desc=label, unit="unit"):
+        path = store.path(unit)
+        progress = Progress(path.with_suffix(".progress"), session.checkpoint_seconds)
+        if not store.has(unit):  # another run may have made it meanwhile
+            store.save(unit, *make(unit, generator(seed, unit.stage, unit.name), progress))
+        progress.path.unlink(missing_ok=True)
+    state.wait_for_everyone()
+    return len(missing)
+
+
+def sweep(root: Path) -> None:
+    """Removes the temporary files that dead processes of this host left below `root`."""
+    host = socket.gethostname()
+    for path in root.rglob(f".*.{host}.*.tmp"):
+        if not _alive(int(path.name.split(".")[-2])):
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps `folder` for this process. A second writer is refused with the first one's name."""
+    owner = folder / ".lock.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock")
+        held.acquire(timeout=0)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
+    except Timeout as error:
+        other = json.loads(owner.read_text()) if owner.exists() else {"host": "?", "pid": "?", "since": "?"}
+        raise InputError(
+            f"output_dir: {folder} is being written by process {other['pid']} on {other['host']} since "
+            f"{other['since']}; wait for it or choose another output_dir"
+        ) from error
+    except OSError as error:
+        raise InputError(f"output_dir: cannot write {folder}: {_disk_error(error) or error}") from error
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        held.release()

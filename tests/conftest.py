@@ -1,0 +1,32 @@
+"""Test environment, set before any Hugging Face library is imported: no network, caches of their own."""
+
+import os
+import tempfile
+
+import pytest
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="edc-hub-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    """Tests run side by side (pytest -n 2); one thread each, as two would wait for each other."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def session(tmp_path):
+    """A `work.Session` on the CPU with a store of its own, saving inside units at every opportunity."""
+    import torch
+    from accelerate import PartialState
+
+    from edc_hub.work import Session, Store
+
+    return Session(Store(tmp_path / "artifacts"), PartialState(cpu=True), torch.device("cpu"), checkpoint_seconds=0.0)

@@ -1,0 +1,210 @@
+"""Units of work: what resume, sharing and equal bytes rest on."""
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from edc_hub import work
+from edc_hub.errors import InputError
+from edc_hub.work import Progress, Store, Unit
+
+
+def units(count, mark="f" * 16):
+    return [Unit("stage", f"unit-{index}", mark) for index in range(count)]
+
+
+def draw(unit, generator, progress):
+    return {"x": torch.rand(5, generator=generator)}, {"unit": unit.name}
+
+
+def digest(store, unit):
+    return hashlib.sha256(store.path(unit).read_bytes()).hexdigest()
+
+
+def test_a_generator_depends_on_seed_stage_and_unit_only():
+    first = torch.rand(3, generator=work.generator(1, "a", "u"))
+    assert torch.equal(first, torch.rand(3, generator=work.generator(1, "a", "u")))
+    for other in [(2, "a", "u"), (1, "b", "u"), (1, "a", "v")]:
+        assert not torch.equal(first, torch.rand(3, generator=work.generator(*other)))
+
+
+def test_a_fingerprint_changes_with_any_input_and_with_the_version_but_not_with_key_order():
+    base = work.fingerprint("s", 1, a=1, b=[1.5, None])
+    assert base == work.fingerprint("s", 1, b=[1.5, None], a=1)
+    others = [work.fingerprint("s", 2, a=1, b=[1.5, None]), work.fingerprint("s", 1, a=2, b=[1.5, None])]
+    others += [work.fingerprint("t", 1, a=1, b=[1.5, None]), work.fingerprint("s", 1, a=1, b=[1.5, 0])]
+    assert len({base, *others}) == 5
+
+
+def test_finished_units_are_found_and_not_made_again(session):
+    made = []
+
+    def make(unit, generator, progress):
+        made.append(unit.name)
+        return draw(unit, generator, progress)
+
+    assert work.run(units(3), make, session, seed=0, label="x") == 3
+    before = [digest(session.store, unit) for unit in units(3)]
+    assert work.run(units(5), make, session, seed=0, label="x") == 2
+    assert made == [f"unit-{index}" for index in range(5)]
+    assert before == [digest(session.store, unit) for unit in units(3)]
+
+
+def test_changed_work_is_another_file_and_overwrites_nothing(session):
+    work.run(units(1), draw, session, seed=0, label="x")
+    work.run(units(1, mark="0" * 16), draw, session, seed=0, label="x")
+    assert len(list((session.store.root / "stage").iterdir())) == 2
+
+
+def test_a_unit_reads_back_with_its_facts(session):
+    work.run(units(1), draw, session, seed=3, label="x")
+    (unit,) = units(1)
+    expected = torch.rand(5, generator=work.generator(3, "stage", "unit-0"))
+    assert torch.equal(session.store.load(unit)["x"], expected)
+    assert session.store.facts(unit) == {"unit": "unit-0"}
+
+
+def test_a_failed_write_leaves_no_file_behind(tmp_path):
+    def write(path):
+        path.write_text("half")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        work.write_atomically(tmp_path / "a" / "file", write)
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_unit_that_saved_its_progress_goes_on_from_there(session):
+    (unit,) = units(1)
+    steps = []
+
+    def make(unit, generator, progress, stop=None):
+        saved = progress.load()
+        total, start = (saved["total"], int(saved["step"])) if saved else (torch.zeros(2), 0)
+        if saved:
+            generator.set_state(saved["generator"])
+        for step in range(start, 6):
+            if step == stop:
+                raise KeyboardInterrupt
+            steps.append(step)
+            total = total + torch.rand(2, generator=generator)
+            progress.save(
+                lambda total=total, step=step: {
+                    "total": total, "step": torch.tensor(step + 1), "generator": generator.get_state(),
+                }
+            )  # fmt: skip
+        return {"total": total}, {}
+
+    with pytest.raises(KeyboardInterrupt):
+        work.run([unit], lambda *a: make(*a, stop=4), session, seed=0, label="x")
+    work.run([unit], make, session, seed=0, label="x")
+    assert steps == [0, 1, 2, 3, 4, 5]
+    generator = work.generator(0, *unit[:2])
+    assert torch.equal(session.store.load(unit)["total"], sum(torch.rand(2, generator=generator) for _ in range(6)))
+    assert [path.suffix for path in (session.store.root / "stage").iterdir()] == [".safetensors"]
+
+
+def test_progress_is_saved_only_when_it_is_due(tmp_path):
+    progress = Progress(tmp_path / "p", seconds=1000)
+    progress.save(lambda: pytest.fail("not due"))
+    assert progress.load() is None
+
+
+def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    mine = work.temporary(tmp_path / "s" / "a.safetensors")
+    mine.parent.mkdir()
+    dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{child.pid}."))
+    foreign = mine.with_name(f".a.safetensors.another-host.{child.pid}.tmp")
+    for path in (mine, dead, foreign):
+        path.touch()
+    work.sweep(tmp_path)
+    assert mine.exists() and foreign.exists() and not dead.exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from edc_hub import work
+with work.lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_holds_nothing(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match=rf"output_dir: .*process {child.pid} .*choose another output_dir"):
+        with work.lock(tmp_path):
+            pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    with work.lock(tmp_path):
+        assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
+
+
+def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="output_dir: .*part of the path is a file"):
+        with work.lock(tmp_path / "file" / "run"):
+            pass
+
+
+def test_a_full_disk_is_the_users_error_and_leaves_finished_units_alone(session):
+    first, second = units(2)
+    session.store.save(first, {"x": torch.zeros(4)})
+    before = digest(session.store, first)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(InputError, match="output_dir: cannot write .*larger than this disk"):
+            session.store.save(second, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not session.store.has(second) and digest(session.store, first) == before
+
+
+SHARD = """
+import sys
+import torch
+from datetime import timedelta
+from pathlib import Path
+from accelerate import PartialState
+from edc_hub import work
+sys.path.insert(0, str(Path(sys.argv[2])))
+from test_work import draw, units
+state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
+session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress_bars=False)
+work.run(units(7), draw, session, seed=5, label="x")
+assert all(session.store.has(unit) for unit in units(7))
+"""
+
+
+def test_two_processes_make_the_files_that_one_makes(session, tmp_path):
+    work.run(units(7), draw, session, seed=5, label="x")
+    script, root = tmp_path / "shard.py", tmp_path / "two"
+    script.write_text(SHARD)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(root), os.path.dirname(__file__)]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert [digest(Store(root), unit) for unit in units(7)] == [digest(session.store, unit) for unit in units(7)]
+
+
+def test_run_waits_for_nothing_when_all_is_there(session):
+    work.run(units(200), draw, session, seed=0, label="x")
+    start = time.perf_counter()
+    assert work.run(units(200), lambda *a: pytest.fail("made again"), session, seed=0, label="x") == 0
+    assert time.perf_counter() - start < 1.0
