@@ -80,17 +80,22 @@ def _limits(metadata: Any) -> dict[str, Any]:
     return found
 
 
-def help_lines() -> Iterator[str]:
-    """Two lines a key: its path, type and default; its meaning."""
-    for key in walk():
-        if key.section:
-            listed = "  (a list; each entry has these keys)" if "list" in describe(key.field.annotation) else ""
-            yield f"\n{key.path}: {key.field.description}{listed}"
-            continue
-        dashes = "  " if "[]" in key.path else "  --"
-        kind = describe(key.field.annotation, key.field.metadata)
-        default = "required" if key.field.is_required() else f"default {json.dumps(key.default, ensure_ascii=False)}"
-        yield f"{dashes}{key.path}  {kind}, {default}\n        {key.field.description}"
+def help_lines(section: type[Section] = Recipe, above: str = "") -> Iterator[str]:
+    """Two lines a key: its path, type and default; its meaning. The sections inside `section` come after its keys."""
+    inside = [key for key in walk(section, above) if key.path.removeprefix(above).count(".") == 0]
+    for key in sorted(inside, key=lambda key: key.section is not None):
+        listed = describe(key.field.annotation).startswith("list")
+        if not key.section:
+            kind = describe(key.field.annotation, key.field.metadata)
+            default = (
+                "required" if key.field.is_required() else f"default {json.dumps(key.default, ensure_ascii=False)}"
+            )
+            yield f"  {'' if '[]' in key.path else '--'}{key.path}  {kind}, {default}\n        {key.field.description}"
+        elif "[]" in key.path:  # observers.networks[].train, whose keys are listed under observers.train
+            yield f"  {key.path}  section, default {json.dumps(key.default)}\n        {key.field.description}"
+        else:
+            yield f"\n{key.path}: {key.field.description}{'; a list of entries with these keys' * listed}"
+            yield from help_lines(key.section, f"{key.path}{'[]' * listed}.")
 
 
 def complaint(error: ValidationError) -> str:
@@ -105,7 +110,10 @@ def complaint(error: ValidationError) -> str:
     if kind == "missing":
         return f"{place}: missing; {_example(path)}"
     if kind == "value_error":
-        return ".".join(filter(None, (place, str(context["error"]))))
+        text, known = str(context["error"]), table().get(path)
+        if known and not known.section:
+            return f"{place}: {text}"  # said about this key; a section's validator begins with the key it means
+        return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
         return f"{place}: a key must be text, got {value!r}; write it in quotes"
     return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path)}"
@@ -154,14 +162,23 @@ def _example(path: str) -> str:
         return f"write e.g. {key.path}: {f'[{shown}]' if 'list' in describe(annotation) else shown}"
     value = key.default
     if value in (None, PydanticUndefined):
-        kind = describe(annotation, key.field.metadata)
-        samples = {"integer": 10, "number": 0.1, "list of text": ["a", "b"], "list of text or integer": [3, 5]}
-        samples |= {"list of integer": [1, 2], "list of 3 x number": [0.5, 0.5, 0.5]}
-        value = next((sample for start, sample in sorted(samples.items(), reverse=True) if kind.startswith(start)), "name")
+        value = _sample(describe(annotation, key.field.metadata))
     text = value if isinstance(value, str) else json.dumps(value)
     if "[]" in path.removesuffix("[]"):
         return f"write e.g. {path.rpartition('.')[2]}: {text}"
     return f"write e.g. --{path.removesuffix('[]')} {repr(text) if ' ' in text else text}"
+
+
+def _sample(kind: str) -> Any:
+    """A value of a kind that `describe` names, for keys whose default is null."""
+    samples = {
+        "integer": 10,
+        "list of integer": [1, 2],
+        "list of text or integer": [3, 5],
+        "list of text": ["a", "b"],
+        "list of 3 x number": [0.5, 0.5, 0.5],
+    }
+    return next((value for start, value in samples.items() if kind.startswith(start)), "name")
 
 
 def _meant(path: str) -> str:
@@ -171,10 +188,10 @@ def _meant(path: str) -> str:
     here = [known.removeprefix(f"{section}.") for known in every if known.rpartition(".")[0] == section]
     near = difflib.get_close_matches(name, here, 1, 0.7)
     if not near:
-        elsewhere = {known.rpartition(".")[2]: known for known in reversed(every)}
-        near = [elsewhere[match] for match in difflib.get_close_matches(name, elsewhere, 1, 0.8)]
+        alike = difflib.get_close_matches(name, {known.rpartition(".")[2] for known in every}, 1, 0.8)
+        near = [known for known in every if known.rpartition(".")[2] in alike]
     if near:
-        return f"; did you mean '{near[0]}'?"
+        return f"; did you mean {' or '.join(map(repr, near))}?"
     return f"; {section or 'a recipe'} has: {', '.join(here)}" if here else "; see --help"
 
 

@@ -5,6 +5,7 @@ Normalisation and the size a network wants belong to the face, so nothing else e
 """
 
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from .architectures import ConvNet, WideResNet, mobilenet_v2
 from .errors import InputError
 
 
@@ -68,108 +70,11 @@ class Network(nn.Module):
         )
 
 
-class ConvNet(nn.Module):
-    """ConvNet-D of dataset condensation: D x (3x3 convolution, norm, ReLU, 2x2 pooling), then a linear layer.
-
-    `norm` instance is GroupNorm with one channel a group and affine weights, as in every repository of the field.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        image_size: int,
-        depth: int = 3,
-        width: int = 128,
-        norm: str = "instance",
-        pooling: str = "avg",
-    ):
-        super().__init__()
-        norms: dict[str, Callable[[int], list[nn.Module]]] = {
-            "instance": lambda side: [nn.GroupNorm(width, width)],
-            "batch": lambda side: [nn.BatchNorm2d(width)],
-            "group": lambda side: [nn.GroupNorm(4, width)],
-            "layer": lambda side: [nn.LayerNorm([width, side, side])],
-            "none": lambda side: [],
-        }
-        pools = {"avg": [nn.AvgPool2d(2)], "max": [nn.MaxPool2d(2)], "none": []}
-        if norm not in norms or pooling not in pools:
-            raise InputError(
-                f"args: norm {norm}, pooling {pooling}; norm is one of {', '.join(norms)}, "
-                f"pooling one of {', '.join(pools)}"
-            )
-        if pooling != "none" and image_size < 2**depth:
-            most = image_size.bit_length() - 1
-            raise InputError(f"args: depth {depth} pools {image_size}px images away; use depth {most} or less")
-        layers: list[nn.Module] = []
-        channels, side = 3, image_size
-        for _ in range(depth):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), *norms[norm](side), nn.ReLU(), *pools[pooling]]
-            channels, side = width, side // 2 if pooling != "none" else side
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels * side * side, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).flatten(1))
-
-
-class WideBlock(nn.Module):
-    """Pre-activation block of a wide ResNet; where the width changes, the shortcut starts from the activation."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.bn1, self.bn2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.shortcut = None if inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(h)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(h))))
-
-
-class WideResNet(nn.Module):
-    """WRN-depth-width for small images (Zagoruyko and Komodakis): three groups of (depth - 4) / 6 blocks."""
-
-    def __init__(self, num_classes: int, depth: int = 16, width: int = 2):
-        super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise InputError(f"args: depth {depth} is no depth of a wide ResNet; use 10, 16, 22, 28, 40, …")
-        channels = [16, 16 * width, 32 * width, 64 * width]
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        blocks = []
-        for group in range(3):
-            for index in range((depth - 4) // 6):
-                first = index == 0
-                stride = 2 if first and group else 1
-                blocks.append(
-                    WideBlock(channels[group] if first else channels[group + 1], channels[group + 1], stride)
-                )
-        self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(channels[3])
-        self.fc = nn.Linear(channels[3], num_classes)
-        for part in self.modules():
-            if isinstance(part, nn.Conv2d):
-                nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc(F.relu(self.bn(self.blocks(self.conv1(x)))).mean((2, 3)))
-
-
-def _mobilenet_v2(num_classes: int, width: float = 1.0, expansion: int = 6, **args: Any) -> nn.Module:
-    stages = [[1, 16, 1, 1], [24, 2, 2], [32, 3, 2], [64, 4, 2], [96, 3, 1], [160, 3, 2], [320, 1, 1]]
-    setting = [stage if len(stage) == 4 else [expansion, *stage] for stage in stages]
-    return torchvision.models.mobilenet_v2(
-        num_classes=num_classes, width_mult=width, inverted_residual_setting=setting, **args
-    )
-
-
 OURS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": torchvision.models.resnet18,
     "resnet50": torchvision.models.resnet50,
     "resnet101": torchvision.models.resnet101,
-    "mobilenet_v2": _mobilenet_v2,
+    "mobilenet_v2": mobilenet_v2,
     "efficientnet_b0": torchvision.models.efficientnet_b0,
     "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
     "alexnet": torchvision.models.alexnet,
@@ -226,7 +131,9 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int) -> nn.M
                 return timm.create_model(name, pretrained=False, num_classes=classes, **args)
             known = timm.list_models()
         elif library == "transformers":
-            return _from_config(name, classes, args)
+            from transformers import AutoModelForImageClassification
+
+            return AutoModelForImageClassification.from_config(_config(name, classes, args))
         elif library != "torchvision":
             known, name, library = list(OURS), arch, ""
     except (TypeError, ValueError, AssertionError, IndexError) as error:
@@ -238,14 +145,13 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int) -> nn.M
     raise InputError(f"arch: no network '{arch}'; did you mean one of: {', '.join(near)}")
 
 
-def _from_config(name: str, classes: int, args: dict[str, Any]) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForImageClassification
+def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, num_labels=classes, **args)
+        return AutoConfig.from_pretrained(name, num_labels=classes, **args)
     except OSError as error:
         raise InputError(f"no configuration in '{name}' ({_line(error)}); give a Hub id or a local folder") from error
-    return AutoModelForImageClassification.from_config(config)
 
 
 def small_stem(module: nn.Module) -> bool:
@@ -305,6 +211,23 @@ def _check(network: Network) -> None:
     if shape != (1, facts["classes"]):
         raise InputError(f"{facts['arch']}: gives {shape} for one image, not logits; choose a classifier")
     network.classifier  # noqa: B018  raises where there is none
+
+
+def identity(arch: str) -> str:
+    """The name, with a digest of the configuration where the name leads to one that may change."""
+    if not arch.startswith("transformers/"):
+        return arch
+    text = _config(arch.partition("/")[2], 2, {}).to_json_string()
+    return f"transformers/{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def refuse_for_matching(network: Network) -> None:
+    """Raises InputError for a network without Conv2d and BatchNorm2d: nothing to match, though it may give labels."""
+    if not any(isinstance(part, nn.Conv2d | nn.BatchNorm2d) for part in network.module.modules()):
+        raise InputError(
+            f"synthesize.observers: {network.facts['arch']} has no Conv2d or BatchNorm2d to match; "
+            "name others here and use it in relabel.observers"
+        )
 
 
 def _line(error: Exception) -> str:

@@ -6,7 +6,13 @@ text names the table. Nothing here imports torch: a wrong recipe is refused with
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+def _ascending(area: list[float]) -> list[float]:
+    if area[0] > area[1]:
+        raise ValueError(f"the smallest area comes first; write [{area[1]:g}, {area[0]:g}]")
+    return area
 
 
 Positive = Annotated[int, Field(ge=1)]
@@ -15,20 +21,25 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Area = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Area = Annotated[
+    list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
+]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Section(BaseModel):
     """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
 
 
 class Source(Section):
     """The real image-classification set."""
 
-    path: str = Field("sklearn/digits", description="anything load_dataset takes (Hub id, local folder), or sklearn/digits")
+    path: str = Field(
+        "sklearn/digits", description="what load_dataset takes (Hub id, local folder), or sklearn/digits"
+    )
     name: str | None = Field(None, description="configuration of the set")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub set")
     image_column: str | None = Field(None, description="image column; found by its feature when not given")
@@ -42,17 +53,11 @@ class Source(Section):
         "shorter_side_center_crop", description="how an image of another size becomes square where no crop is drawn"
     )
     mean: Channels = Field([0.5, 0.5, 0.5], description="per-channel mean that defines the normalised space")
-    std: Channels = Field([0.5, 0.5, 0.5], description="per-channel standard deviation of the normalised space")
+    std: Deviations = Field([0.5, 0.5, 0.5], description="per-channel standard deviation of the normalised space")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="stratified fraction of the training split kept from everything but choices"
     )
     holdout_seed: Count = Field(0, description="seed of that split; the same for every run that is compared")
-
-    @model_validator(mode="after")
-    def _std_positive(self):
-        if min(self.std) <= 0:
-            raise ValueError("std: every value must be above 0")
-        return self
 
 
 class Train(Section):
@@ -90,9 +95,9 @@ class Network(Section):
     )
     input_size: Positive | None = Field(None, description="side the network wants; images are resized to it")
     mean: Channels | None = Field(None, description="normalisation of the network, if not the source's")
-    std: Channels | None = Field(None, description="normalisation of the network, if not the source's")
+    std: Deviations | None = Field(None, description="normalisation of the network, if not the source's")
     weights: str | None = Field(None, description="Hub id, .safetensors file or foreign .pth; not given: trained here")
-    train: Train | None = Field(None, description="training of this network; keys not given are those of observers.train")
+    train: Train | None = Field(None, description="its training; keys not given are those of observers.train")
 
     @model_validator(mode="after")
     def _weights_or_training(self):
@@ -104,7 +109,7 @@ class Network(Section):
 class Observers(Section):
     """The networks that see the real set. Stages pick from them by name or name@epoch."""
 
-    seed: Count = Field(0, description="seed of their training; apart from seed, so that sets of many seeds share them")
+    seed: Count = Field(0, description="seed of their training; not `seed`, so that sets of many seeds share them")
     train: Train = Field(Train(), description="training of every network without weights; a network's train overrides")
     networks: list[Network] = Field([], description="the observers, with unique names")
     check_images: Positive = Field(2000, description="training images an observer's accuracy is measured on")
@@ -139,7 +144,7 @@ class Moments(Section):
 
     batch: Positive = Field(64, description="images a forward pass")
     rows: Positive = Field(4096, description="rows a unit of work")
-    augment: Literal["none", "pad_crop", "rrc"] = Field("none", description="crop of each real image, seeded by its row")
+    augment: Literal["none", "pad_crop", "rrc"] = Field("none", description="crop of each image, seeded by its row")
     pad: Count = Field(4, description="zero padding in pixels for pad_crop")
     crop_area: Area = Field([0.08, 1.0], description="area range of rrc")
     flip: bool = Field(True, description="mirror half of the images, where augment is not none")
@@ -158,7 +163,7 @@ class Initialize(Section):
     kind: Literal["real", "rded", "kmeans", "noise"] = Field("real", description="how images are chosen or made")
     observers: list[str] | None = Field(None, description="scoring networks (rded) or the feature network (kmeans)")
     batch: Positive = Field(100, description="images a forward pass")
-    variant: Literal["rded", "edc"] = Field("rded", description="RDED's own selector, or EDC's (data_synthesis_without_optim)")
+    variant: Literal["rded", "edc"] = Field("rded", description="RDED's own selector, or the one of EDC's code")
     images_per_class: Positive = Field(300, description="real images a class that are looked at (mipc)")
     crops: Positive = Field(5, description="crops an image (rded); the edc variant draws 1024 a class")
     factor: Positive = Field(1, description="tiles a side: 2 puts 2x2 crops on one image")
@@ -169,7 +174,7 @@ class Initialize(Section):
 class Flatness(Section):
     """Flatness regularisation, EDC section 3.3."""
 
-    kind: Literal["none", "logits"] = Field("none", description="logits: L'_FR, towards the logits of the averaged images")
+    kind: Literal["none", "logits"] = Field("none", description="logits: L'_FR, to the logits of the averaged images")
     weight: Rate = Field(0.25, description="weight of the term (Table 4)")
     beta: Decay = Field(0.99, description="decay of the image average (Table 4)")
     tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature (Table 4)")
@@ -221,7 +226,7 @@ class Relabel(Section):
     observers: list[str] | None = Field(None, description="networks whose logits are averaged")
     epochs: Positive = Field(1000, description="label epochs: views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
-    observer_mode: Literal["running", "batch"] = Field("running", description="BatchNorm by running or batch statistics")
+    observer_mode: Literal["running", "batch"] = Field("running", description="statistics that BatchNorm uses")
     view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
     crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop")
     flip: bool = Field(True, description="mirror half of the views")
@@ -246,15 +251,17 @@ class Evaluation(Section):
     """The protocol a student is trained with. Carried in the published recipe."""
 
     students: list[str] = Field(["resnet18"], description="architectures")
-    loss: Literal["mse_ce", "kl", "ce"] = Field("mse_ce", description="mse_ce: MSE on logits + ce_weight CE on the label")
+    loss: Literal["mse_ce", "kl", "ce"] = Field("mse_ce", description="mse_ce: MSE on logits + ce_weight CE on labels")
     ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed label")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="optimiser; no decay on one-dimensional parameters")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="no weight decay on one-dimensional parameters")
     lr: Rate = Field(1e-3, description="learning rate")
     weight_decay: Rate = Field(0.01, description="weight decay")
     momentum: Decay = Field(0.9, description="momentum of sgd")
     batch: Positive = Field(50, description="views a step")
     epochs: Positive = Field(1000, description="epochs")
-    schedule: Literal["smooth", "ssrs", "multistep", "linear"] = Field("smooth", description="learning rate over epochs")
+    schedule: Literal["smooth", "ssrs", "multistep", "linear"] = Field(
+        "smooth", description="of the learning rate, over epochs"
+    )
     zeta: Annotated[float, Field(gt=0)] = Field(2.0, description="smooth: half a cosine over zeta times the epochs")
     milestones: list[Positive] = Field([800, 900, 950], description="epochs of multistep")
     gamma: Rate = Field(0.5, description="factor of multistep")
@@ -291,7 +298,8 @@ class Recipe(Section):
             for entry in getattr(self, section).observers or []:
                 name, _, epoch = entry.partition("@")
                 if name not in known:
-                    raise ValueError(f"{section}.observers: no observer '{name}'; there are: {', '.join(known) or 'none'}")
+                    there = ", ".join(known) or "none"
+                    raise ValueError(f"{section}.observers: no observer '{name}'; there are: {there}; or null for all")
                 kept = snapshots(known[name])
                 if epoch and (not epoch.isdecimal() or int(epoch) not in kept):
                     given = ", ".join(map(str, kept)) or "none: its weights are loaded"

@@ -26,7 +26,10 @@ _HERE = Path(__file__).parent
 # in a wheel the recipes lie in the package, in a checkout beside it
 ROOT = _HERE / "_shipped/recipes" if (_HERE / "_shipped").is_dir() else _HERE.parent / "recipes"
 
-_FLAGS = {"dry_run": "print the plan and the projected time, write nothing", "print_recipe": "print the resolved recipe"}
+_FLAGS = {
+    "dry_run": "print the plan and the projected time, write nothing",
+    "print_recipe": "print the resolved recipe",
+}
 _RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")  # change where and how fast, not what
 
 
@@ -43,7 +46,7 @@ def parse(argv: list[str] | None, prog: str) -> Parsed:
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(usage(prog))
+        print(usage(prog), flush=True)
         raise SystemExit(0)
     named, overrides, flags = _split(argv)
     if len(named) != 1:
@@ -78,6 +81,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, Any], dict[str, bool]]
             named.append(word)
             continue
         path, equals, text = word[2:].partition("=")
+        path = path.replace("-", "_")
         switch = path in flags or (path in known and known[path].field.annotation is bool)
         if not equals:
             if switch and (not rest or rest[0] not in ("true", "false")):
@@ -143,7 +147,9 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
     found = read(text, str(path))
     if found is None:
-        raise InputError(f"{path}: the file is empty; write e.g. 'name: mine' and a section 'source:', as in recipes/digits.yaml")
+        raise InputError(
+            f"{path}: the file is empty; write e.g. 'name: mine' and a section 'source:', as in recipes/digits.yaml"
+        )
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected keys and values, got a {type(found).__name__}; write e.g. 'ipc: 10'")
     return found
@@ -179,7 +185,9 @@ class _Dumper(yaml.SafeDumper):
 
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
     )
 
 
@@ -203,7 +211,9 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
     given = dict(given)
     if given.pop("resolved", False):
         if "method" in overrides:
-            raise InputError("method: this recipe is resolved, its method's values are in it; start from the recipe it came from")
+            raise InputError(
+                "method: this recipe is resolved, its method's values are in it; start from the recipe it came from"
+            )
         layers = [given, overrides]
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
@@ -229,10 +239,10 @@ def blocks(method: str, name: str, ipc: int) -> list[dict[str, Any]]:
         raise InputError(f"method: no method {method!r}; {hint}: {', '.join(methods())}")
     content = load(ROOT / "methods" / f"{method}.yaml")
     found = blocks(content["base"], name, ipc) if "base" in content else []
-    for block in (content.get("all"), content.get(name) if name not in ("all", "base") else None):
+    for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
         block = dict(block or {})
-        special = block.pop("per_ipc", {}).get(ipc, {})
-        found += [block, special]
+        special = block.pop("per_ipc", {})
+        found += [block, special.get(ipc, {}) if isinstance(ipc, int) else {}]
     return found
 
 
@@ -275,8 +285,9 @@ def _portable(path: str | None) -> str | None:
 
 def _write(content: dict[str, Any]) -> str:
     shared = content["observers"]["train"]
-    for net in content["observers"]["networks"]:  # only what differs, so that an override of observers.train reaches it
+    for net in content["observers"][
+        "networks"
+    ]:  # only what differs, so that an override of observers.train reaches it
         if net["train"] is not None:
             net["train"] = {name: value for name, value in net["train"].items() if value != shared[name]}
-    text = yaml.dump({"resolved": True, **content}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
-    return text
+    return yaml.dump({"resolved": True, **content}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)

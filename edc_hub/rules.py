@@ -1,4 +1,96 @@
+"""Combinations of keys that cannot work, found before anything is loaded."""
+
+from collections.abc import Iterator
+
+from .errors import InputError
 from .recipe import Recipe
 
 
-def validate(recipe: Recipe) -> None: pass
+_EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
+_INT16 = 2**15 - 1  # epoch and ipc_index are int16 in a condensed set
+
+
+def validate(recipe: Recipe) -> None:
+    """Raises InputError with the first combination of keys that cannot work. Looks at nothing but the recipe."""
+    for rules in (_source, _observers, _initialize, _synthesize, _relabel):
+        for problem in rules(recipe):
+            raise InputError(problem)
+
+
+def _source(recipe: Recipe) -> Iterator[str]:
+    source = recipe.source
+    if source.classes is not None:
+        twice = [entry for entry in source.classes if source.classes.count(entry) > 1]
+        if twice:
+            yield f"source.classes: {twice[0]!r} is given twice; keep one"
+        if len(source.classes) < 2:
+            yield f"source.classes: {len(source.classes)} given, a classifier needs two; add one or write null for all"
+    if recipe.ipc > _INT16:
+        yield f"ipc: a condensed set holds at most {_INT16} images a class, got {recipe.ipc}; write a smaller one"
+    if recipe.moments.patch > source.size:
+        yield (
+            f"moments.patch: {recipe.moments.patch} px is wider than the images (source.size {source.size}); "
+            f"write at most {source.size}"
+        )
+
+
+def _observers(recipe: Recipe) -> Iterator[str]:
+    networks = recipe.observers.networks
+    if not networks:
+        yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
+    trained = [net.name for net in networks if net.train]
+    if recipe.source.streaming and trained:
+        yield (
+            f"source.streaming: {', '.join(trained)} would be trained here, in random order; "
+            f"write false, or give observers weights"
+        )
+    users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
+    users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
+    for section, used in users.items():
+        if used and getattr(recipe, section).observers == []:
+            yield f"{section}.observers: an empty list, but it needs one; name an observer or write null for all"
+
+
+def _initialize(recipe: Recipe) -> Iterator[str]:
+    start, size = recipe.initialize, recipe.source.size
+    if start.factor > 1 and start.kind != "rded":
+        yield f"initialize.factor: {start.factor} tiles a side need kind rded, got {start.kind}; write 1 or kind: rded"
+    if size % start.factor:
+        yield (
+            f"initialize.factor: {start.factor} tiles do not divide {size} px; "
+            f"write a divisor of source.size, or change that"
+        )
+    wanted = recipe.ipc * start.factor**2
+    drawn = _EDC_CROPS if start.variant == "edc" else start.images_per_class
+    if start.kind == "rded" and wanted > drawn:
+        remedy = (
+            "use variant: rded" if start.variant == "edc" else f"write initialize.images_per_class {wanted} or more"
+        )
+        yield f"ipc: {recipe.ipc} images of {start.factor}x{start.factor} tiles need {wanted} crops of {drawn}; {remedy}"
+    if start.kind == "kmeans" and recipe.ipc > start.images_per_class:
+        yield (
+            f"initialize.images_per_class: {start.images_per_class} images cannot give {recipe.ipc} centres; "
+            f"write {recipe.ipc} or more"
+        )
+
+
+def _synthesize(recipe: Recipe) -> Iterator[str]:
+    section = recipe.synthesize
+    if section.jitter >= recipe.source.size:
+        yield f"synthesize.jitter: {section.jitter} px rolls past the image; write less than {recipe.source.size}"
+    if section.class_scope == "local" and section.alpha == 1:
+        yield "synthesize.class_scope: local has no effect at alpha 1; write alpha below 1 or another scope"
+    if not section.layers:
+        yield "synthesize.layers: an empty list; name layers, or write weight: 0 to match none"
+
+
+def _relabel(recipe: Recipe) -> Iterator[str]:
+    section, size = recipe.relabel, recipe.source.size
+    if section.epochs > _INT16:
+        yield f"relabel.epochs: a condensed set holds at most {_INT16} label epochs, got {section.epochs}; write fewer"
+    if section.batch == 1 and section.mix != "none":
+        yield f"relabel.batch: {section.mix} mixes two views of a batch, got 1; write 2 or more, or mix: none"
+    if section.batch == 1 and section.observer_mode == "batch":
+        yield "relabel.batch: observer_mode batch needs statistics of a batch, got 1; write 2 or more"
+    if section.shuffle and size % section.shuffle:
+        yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of source.size, or 0"

@@ -152,7 +152,7 @@ def optimise(
         progress: saves inside the block.
 
     Returns:
-        uint8 (B, 3, s, s), the last iterate, and float32 (T,), the loss of each step.
+        float32 (B, 3, s, s), the last iterate in normalised space, and float32 (T,), the loss of each step.
     """
     section, pixels = recipe.synthesize, Pixels(recipe.source, session.device)
     labels = labels.to(session.device)
@@ -180,7 +180,7 @@ def optimise(
             bar.set_postfix(loss=f"{losses[step]:.3f}")
         done = step + 1
         progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
-    return pixels.to_bytes(z.detach()), losses
+    return z.detach(), losses
 
 
 def _saved(step, z, average, adam, losses, observed, generator) -> dict[str, Tensor]:
@@ -268,8 +268,8 @@ def obtain(
             if section.class_scope == "local":
                 targets = local_targets(targets, networks[name, epoch], real, counts, recipe, generator)
             observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe))
-        images, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
-        return {"images": images, "losses": losses}, {}
+        z, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
+        return {"images": Pixels(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
 
     work.run(units, make, session, seed=recipe.seed, label="synthesize")
     result = torch.empty_like(initial.images)

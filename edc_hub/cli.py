@@ -1,0 +1,50 @@
+"""The console command `edc-hub`. A subcommand is imported when it is asked for, so that `--help` needs no torch."""
+
+import difflib
+import sys
+from importlib import import_module
+
+from . import __version__, launch
+from .errors import InputError
+
+
+_COMMANDS = {"condense": "condense a real image set: observers, moments, synthesis, soft labels, controls"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `edc-hub COMMAND ...` and returns the exit status: 0 done, 2 the user's input is wrong, 1 anything else.
+
+    The module of a command has `main(argv)`, which returns the status.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in _COMMANDS:
+        return import_module(f".{argv[0]}", __package__).main(argv[1:])
+    return launch.status(lambda: _without_command(argv))
+
+
+def _without_command(argv: list[str]) -> None:
+    word = argv[0] if argv else None
+    if word in ("-h", "--help"):
+        print(_usage())
+    elif word == "--version":
+        print(__version__)
+    else:
+        near = difflib.get_close_matches(word or "", _COMMANDS, 1)
+        wrong = f"unknown command '{word}'" if word else "a command is missing"
+        meant = f"did you mean '{near[0]}'?" if near else f"write one of: {', '.join(_COMMANDS)}"
+        raise InputError(f"{wrong}; {meant} (see edc-hub --help)")
+
+
+def _usage() -> str:
+    width = max(map(len, _COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {meaning}" for name, meaning in _COMMANDS.items())
+    return (
+        f"usage: edc-hub COMMAND ...\n\n{commands}\n\n"
+        f"  --help     this text; edc-hub COMMAND --help has the keys and flags of a command\n"
+        f"  --version  the version of edc-hub\n\n"
+        f"On several devices: accelerate launch -m edc_hub.COMMAND ..."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

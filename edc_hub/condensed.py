@@ -1,0 +1,244 @@
+"""The dataset folder: its schema, how it is written, and `CondensedSet`, which reads it back.
+
+Two configurations of parquet files that `load_dataset` reads, a manifest of facts, the recipe, a card and a picture.
+Equal inputs give equal bytes. A folder is built beside its place and renamed into it.
+"""
+
+import hashlib
+import io
+import json
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import torch
+from datasets import ClassLabel, Features, List, Value
+from datasets import Image as ImageFeature
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from PIL import Image
+from torch import Tensor
+
+from . import __version__, card, randaugment, recipes, views, work
+from .errors import InputError
+from .labels import Labels
+from .recipe import Images, Recipe, selected
+from .views import ViewTable
+
+
+FORMAT_VERSION = "1.0"
+SHARD_BYTES = 500_000_000
+_LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
+
+
+def encode(images: Tensor, section: Images) -> list[bytes]:
+    """Encoded files of uint8 (N, 3, s, s): PNG up to 64 px, above it `images.format`."""
+    kind, options = "png", {"optimize": True}
+    if images.shape[-1] > 64 and section.format != "png":
+        kind, options = section.format, {"quality": section.quality}
+        if kind == "jpeg":
+            options["subsampling"] = 0  # full-size colour planes
+    return [_encode(pixels, kind, options) for pixels in images.permute(0, 2, 3, 1).contiguous().numpy()]
+
+
+def _encode(pixels: np.ndarray, kind: str, options: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decode(files: Iterable[bytes]) -> Tensor:
+    """Images of encoded files: uint8 (N, 3, s, s)."""
+    pixels = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def write(
+    folder: Path,
+    *,
+    recipe: Recipe,
+    files: list[bytes],
+    initial: Any,
+    real: Any,
+    labels: Labels,
+    observers: dict[str, dict[str, Any]],
+    control: str | None = None,
+) -> None:
+    """Writes the dataset folder, or leaves it alone if it holds this very set.
+
+    Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from
+    (`images` uint8 (N, 3, s, s), `source_rows` int32 (N, tiles), -1 none); real: the source (`names`, `id`, `commit`,
+    `fingerprint`); observers: facts of each by `name@epoch`; control: `initial` or `random` for a control set.
+    Errors: InputError where the disk refuses.
+    """
+    published = recipes.published(recipe)
+    facts = _facts(recipe, files, real, observers, control, published)
+    facts["fingerprint"] = work.fingerprint(
+        "dataset",
+        1,
+        facts=facts,
+        labels=labels.fingerprint,
+        files=[hashlib.sha256(file).hexdigest() for file in files],
+        source_rows=initial.source_rows.tolist(),
+    )
+    if _holds(folder, facts["fingerprint"]):
+        return
+    for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
+        shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
+    part = work.temporary(folder)
+    try:
+        data = {
+            "images": _write_shards(part / "images", _image_rows(files, initial.source_rows, labels, real.names)),
+            "soft_labels": _write_shards(part / "soft_labels", _label_rows(labels)),
+        }
+        _write_text(part / "recipe.yaml", published)
+        final = decode(files)
+        grid = partial(card.grid, None if control else initial.images, final, len(real.names))
+        work.write_atomically(part / "assets/grid.png", grid)
+        manifest = _manifest(facts, part, data)
+        _write_text(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+        features = {config: features for config, (features, _, _) in data.items()}
+        sizes = {config: size for config, (_, size, _) in data.items()}
+        _write_text(part / "README.md", card.render(manifest, recipe.evaluation, features, sizes))
+        _replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    work.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def _replace(part: Path, folder: Path) -> None:
+    old = part.with_suffix(".old")
+    if folder.exists():
+        folder.rename(old)
+    part.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _holds(folder: Path, fingerprint: str) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        sizes = {path: (folder / path).stat().st_size for path in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    whole = all(manifest["files"][path]["bytes"] == size for path, size in sizes.items())
+    return whole and manifest["fingerprint"] == fingerprint
+
+
+class CondensedSet:
+    """A condensed set of N images and C classes, from a folder or the Hub. Make one with `CondensedSet.load`."""
+
+    def __init__(self, manifest: dict[str, Any], fetch: Callable[[str], Path]):
+        self.manifest, self._fetch = manifest, fetch
+
+    @classmethod
+    def load(cls, folder_or_id: str | Path, *, revision: str | None = None) -> "CondensedSet":
+        """Opens a dataset folder of a finished run, or a set on the Hub; images and labels are read when asked for.
+
+        Errors: InputError for a place without a finished set, and for a format that this version does not know.
+        """
+        place = str(folder_or_id)
+        fetch = (lambda _: Path(place)) if Path(place).is_dir() else partial(_download, place, revision)
+        path = fetch("manifest.json") / "manifest.json"
+        if not path.is_file():
+            inside = Path(place) / "dataset"
+            hint = f"give {inside}" if (inside / "manifest.json").is_file() else "give the dataset folder of a finished run"
+            raise InputError(f"{place}: no condensed set here, manifest.json is missing; {hint}")
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            written = str(manifest["format_version"])
+            newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again") from error
+        if newer:
+            raise InputError(
+                f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads up to "
+                f"{FORMAT_VERSION}; pip install --upgrade edc-hub, or load an older revision of the set"
+            )
+        return cls(manifest, fetch)
+
+    def __repr__(self) -> str:
+        images = self.manifest["images"]
+        return f"CondensedSet({self.manifest['name']}, {images['count']} images of {images['size']} px, ipc {self.ipc})"
+
+    @property
+    def names(self) -> list[str]:
+        """Class names, in the order of the labels."""
+        return self.manifest["classes"]
+
+    @property
+    def ipc(self) -> int:
+        return self.manifest["ipc"]
+
+    @property
+    def epochs(self) -> int:
+        """Label epochs."""
+        return self.manifest["soft_labels"]["epochs"]
+
+    @cached_property
+    def _rows(self) -> pa.Table:
+        return pyarrow.dataset.dataset(self._files("images")).to_table()
+
+    @cached_property
+    def _labelled(self) -> pyarrow.dataset.Dataset:
+        return pyarrow.dataset.dataset(self._files("soft_labels"))
+
+    def _files(self, config: str) -> list[str]:
+        folder = self._fetch(f"{config}/*")
+        files = [folder / path for path in self.manifest["files"] if path.startswith(f"{config}/")]
+        for file in files:
+            if not file.is_file():
+                raise InputError(f"{file}: missing, though manifest.json names it; load or write the set again")
+        return [str(file) for file in files]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """uint8 (N, 3, s, s), in the order of `image_id`."""
+        return decode(self._rows["image"].combine_chunks().field("bytes").to_pylist())
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 (N,)."""
+        return _tensor(self._rows["label"])
+
+    @cached_property
+    def soft_labels(self) -> Tensor:
+        """Mean observer logits of the images themselves, float32 (N, C)."""
+        return _tensor(self._rows["soft_label"]).float()
+
+    def views(self, epoch: int) -> tuple[ViewTable, Tensor]:
+        """The views of one label epoch, in the order of their batches, and their mean logits float32 (N, C).
+
+        Errors: InputError for an epoch that the set does not have.
+        """
+        if not 0 <= epoch < self.epochs:
+            raise InputError(f"epoch: {epoch} is not in the set; it has {self.epochs} label epochs, 0 to {self.epochs - 1}")
+        table = self._labelled.to_table(filter=pyarrow.dataset.field("epoch") == epoch)
+        columns = {name: _tensor(table[name]) for name in table.column_names}
+        return columns, columns.pop("soft_label").float()
+
+    def replay(self, epoch: int) -> Tensor:
+        """The pixels of one label epoch's views as the observers saw them, float32 (N, 3, v, v) in [0, 1]."""
+        table, _ = self.views(epoch)
+        return views.apply(self.images, table, self.manifest["soft_labels"]["view_size"])
+
+
+def _download(repo_id: str, revision: str | None, pattern: str) -> Path:
+    try:
+        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=pattern))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise InputError(
+            f"{repo_id}: neither a folder here nor a data set on the Hub{at} that can be reached ({error}); give the dataset "
+            "folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
+        ) from error

@@ -1,0 +1,147 @@
+"""Soft labels: the mean of the observers' raw logits over views of the published images.
+
+One label epoch, a view of every image, is one unit of work. Labels are computed from the images as they are stored,
+encoded and decoded, so that a reader of the set sees what the observers saw.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import views, work
+from .recipe import Recipe, Relabel, selected
+from .views import ViewTable
+from .work import Session, Store, Unit
+
+
+VERSION = 1
+STAGE = "views"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one set of N images and C classes, read from the store one label epoch at a time."""
+
+    store: Store
+    units: list[Unit]  # the images themselves, then the label epochs
+
+    @property
+    def epochs(self) -> int:
+        return len(self.units) - 1
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean logits of the published images themselves, (N, C) float16."""
+        return self.store.load(self.units[0])["soft_label"]
+
+    def epoch(self, number: int) -> tuple[ViewTable, Tensor]:
+        """The views of one label epoch in the order of their batches, and their mean logits (N, C) float16."""
+        table = self.store.load(self.units[1 + number])
+        soft = table.pop("soft_label")
+        return {name: table[name] for name in views.columns(table)}, soft
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that the labels are made from."""
+        return work.fingerprint("labels", VERSION, units=[unit.fingerprint for unit in self.units])
+
+
+def obtain(recipe: Recipe, images: Tensor, observers: Any, session: Session, label: str = "labels") -> Labels:
+    """Labels `recipe.relabel.epochs` views of each image, and each image itself.
+
+    Args: images uint8 (N, 3, s, s) on the CPU, as decoded from the published files; observers: networks by name and
+    epoch; label: what the progress bar calls this set. Sets that differ in their images alone get the same views.
+    """
+    section = recipe.relabel
+    chosen = selected(recipe, section.observers)
+    inputs = {
+        "images": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
+        "shape": list(images.shape),
+        "relabel": section.model_dump(exclude={"observers", "epochs", "controls", "random_draws"}),
+        "observers": [observers.fingerprint(name, epoch) for name, epoch in chosen],
+        "views": views.VERSION,
+        "seed": recipe.seed,
+        "precision": str(session.dtype) if session.device.type != "cpu" else "torch.float32",
+    }
+    names = ["mean", *(f"epoch{number:05d}" for number in range(section.epochs))]
+    units = [Unit(STAGE, name, work.fingerprint(STAGE, VERSION, unit=name, **inputs)) for name in names]
+
+    @cache  # only where a unit is missing, and once
+    def ready() -> tuple[Tensor, list]:
+        return images.to(session.device), [observers.load(name, epoch) for name, epoch in chosen]
+
+    def make(unit: Unit, generator: torch.Generator, progress: Any) -> tuple[dict[str, Tensor], dict]:
+        stored, networks = ready()
+        if unit.name == "mean":
+            return {"soft_label": _images_themselves(stored, networks, section, session)}, {}
+        return _label_epoch(stored, networks, section, int(unit.name[5:]), generator, session), {}
+
+    work.run(units, make, session, seed=recipe.seed, label=label)
+    return Labels(session.store, units)
+
+
+def _label_epoch(
+    images: Tensor, networks: list, section: Relabel, epoch: int, generator: torch.Generator, session: Session
+) -> dict[str, Tensor]:
+    """The views of one epoch, in the order of their batches, and their labels as `soft_label` float16."""
+    count, size = len(images), images.shape[-1]
+    order = torch.randperm(count, generator=generator)
+    tables, labels = [], []
+    for ids in order[_filled(count, section)].split(section.batch):
+        table = views.sample(section, ids, size, generator, epoch=epoch)
+        x = views.apply(images, table, section.view_size or size)
+        tables.append(table)
+        labels.append(mean_logits(networks, x, section, session).half().cpu())
+    joined = {name: torch.cat([table[name] for table in tables])[:count] for name in tables[0]}
+    return {**joined, "soft_label": torch.cat(labels)[:count]}
+
+
+def _images_themselves(images: Tensor, networks: list, section: Relabel, session: Session) -> Tensor:
+    """Mean logits (N, C) float16 of the images as they are, in their order."""
+    count, size = len(images), images.shape[-1]
+    table = views.whole(count, size)
+    labels = []
+    for rows in _filled(count, section).split(section.batch):
+        x = views.apply(images, views.take(table, rows), section.view_size or size)
+        labels.append(mean_logits(networks, x, section, session).half().cpu())
+    return torch.cat(labels)[:count]
+
+
+def _filled(count: int, section: Relabel) -> Tensor:
+    """0 … count - 1; with batch statistics, wrapped until the last batch is full."""
+    rows = torch.arange(count)
+    if section.observer_mode == "batch":
+        rows = torch.arange(-(-count // section.batch) * section.batch) % count
+    return rows
+
+
+@torch.no_grad()
+def mean_logits(networks: list, x: Tensor, section: Relabel, session: Session) -> Tensor:
+    """Arithmetic mean of the networks' raw logits for views (B, 3, v, v) in [0, 1]: (B, C) float32."""
+    total = None
+    with _batch_statistics(networks if section.observer_mode == "batch" else []), session.autocast():
+        for network in networks:
+            logits = network(x).float()
+            total = logits if total is None else total + logits
+    return total / len(networks)
+
+
+@contextmanager
+def _batch_statistics(networks: list) -> Iterator[None]:
+    """BatchNorm by the statistics of the batch. Buffers never change, dropout and all else stay as in evaluation."""
+    layers = [layer for network in networks for layer in network.modules() if isinstance(layer, _BatchNorm)]
+    before = [(layer.training, layer.track_running_stats) for layer in layers]
+    for layer in layers:
+        layer.training, layer.track_running_stats = True, False  # without tracking, forward leaves the buffers alone
+    try:
+        yield
+    finally:
+        for layer, (training, tracking) in zip(layers, before):
+            layer.training, layer.track_running_stats = training, tracking

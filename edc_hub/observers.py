@@ -1,0 +1,276 @@
+"""The observers: networks that see the real set, trained here with snapshots or loaded, checked, and kept as files."""
+
+import functools
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import networks, recipe, weights
+from .errors import InputError
+from .networks import Network
+from .pixels import View
+from .realset import RealSet
+from .work import Progress, Session, Unit, fingerprint, generator, run
+
+
+STAGE, VERSION = "observers", 1
+CHECK_BATCH = 100  # images a forward pass where accuracy is measured
+State = dict[str, Tensor]
+
+
+class Observers:
+    """The finished observers of a recipe, each with its snapshots; epoch 0 stands for weights only loaded."""
+
+    def __init__(self, given: recipe.Recipe, units: dict[str, Unit], classes: int, session: Session):
+        self._source, self._units, self._classes, self._session = given.source, units, classes, session
+        self._sections = {net.name: net for net in given.observers.networks}
+
+    def load(self, name: str, epoch: int) -> Network:
+        """The network after `epoch` epochs: frozen, eval mode, on the session's device. Reads that snapshot alone."""
+        network = _build(self._sections[name], self._source, self._classes, seed=0)
+        with self._session.store.open(self._units[name]) as file:
+            state = {key: file.get_tensor(f"{epoch}/{key}") for key in network.module.state_dict()}
+        network.module.load_state_dict(state)
+        network = network.requires_grad_(False).eval().to(self._session.device)
+        return network.to(memory_format=torch.channels_last) if self._session.device.type == "cuda" else network
+
+    def facts(self, name: str, epoch: int) -> dict:
+        """What a manifest says: arch, args, stem, mean, std, input_size, image_size, classes, source of the weights,
+        epochs trained here, sha256 of the weights (`weights.digest`), accuracy on the check images (0 to 1)."""
+        facts = self._session.store.facts(self._units[name])
+        return {**facts.pop("snapshots")[str(epoch)], **facts, "epochs": epoch}
+
+    def fingerprint(self, name: str, epoch: int) -> str:
+        """Stands for the weights of one snapshot."""
+        return f"{self._units[name].fingerprint}@{epoch}"
+
+
+def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
+    """Trains or loads every observer of the recipe that is not there yet; a unit of work is one observer.
+
+    Networks and weights of all missing ones are built and read before the first is trained. Raises InputError for
+    those that do not fit, and for an observer in use whose accuracy on training images is below twice chance.
+    """
+    classes, sections = len(real.names), {net.name: net for net in given.observers.networks}
+    found = {name: weights.find(net.arch, net.weights) for name, net in sections.items() if net.weights}
+    units = {
+        name: Unit(STAGE, name, _fingerprint(given, net, real, found.get(name), session))
+        for name, net in sections.items()
+    }
+
+    def start(name: str, seed: int) -> Network:
+        net = sections[name]
+        try:
+            network = _build(net, given.source, classes, seed)
+            if name in found:
+                weights.load_into(network, found[name], new_head=net.train is not None)
+        except InputError as error:
+            raise InputError(f"observers.networks: {name}: {error}") from error
+        return network
+
+    @functools.cache
+    def check_images() -> tuple[Tensor, Tensor]:
+        rows = real.rows()
+        chosen = torch.randperm(len(rows), generator=generator(given.observers.seed, STAGE, "check"))
+        rows = rows[chosen[: given.observers.check_images]].sort().values
+        return real.images(rows), real.labels[rows]
+
+    def make(unit: Unit, rng: torch.Generator, progress: Progress) -> tuple[State, dict]:
+        net, seeds = sections[unit.name], torch.randint(2**48, (2,), generator=rng).tolist()
+        network = start(unit.name, seeds[0])
+        network.to(session.device, memory_format=torch.channels_last)
+        if net.train is None:
+            kept = {0: _copy(network)}
+        else:
+            kept = _train(network, net, real, session, seeds[1], progress)
+        facts = dict(network.facts, source=found[unit.name].source if unit.name in found else "trained here")
+        facts["arch"] = _published(net.arch)
+        facts["snapshots"] = {}
+        for epoch, state in kept.items():
+            network.module.load_state_dict(state)
+            accuracy = round(_accuracy(network, *check_images(), session), 4)
+            facts["snapshots"][str(epoch)] = {"sha256": weights.digest(state), "accuracy": accuracy}
+        tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
+        return tensors, facts
+
+    for unit in units.values():
+        if not session.store.has(unit):
+            start(unit.name, 0)
+    run(list(units.values()), make, session, seed=given.observers.seed, label="observers")
+    observers = Observers(given, units, classes, session)
+    _report(given, observers, session)
+    return observers
+
+
+def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
+    return networks.build(
+        net.arch,
+        classes,
+        seed=seed,
+        args=net.args,
+        stem=net.stem,
+        image_size=source.size,
+        input_size=net.input_size,
+        mean=net.mean or source.mean,
+        std=net.std or source.std,
+    )
+
+
+def _published(arch: str) -> str:
+    """The architecture without a local path: the configuration's folder by its last part."""
+    library, _, name = arch.partition("/")
+    return f"{library}/{Path(name).name}" if library == "transformers" and Path(name).exists() else arch
+
+
+def _fingerprint(
+    given: recipe.Recipe, net: recipe.Network, real: RealSet, found: weights.Weights | None, session: Session
+) -> str:
+    spec = net.model_dump(mode="json", exclude={"name", "weights"})
+    mean, std = net.mean or given.source.mean, net.std or given.source.std
+    return fingerprint(
+        STAGE,
+        VERSION,
+        seed=given.observers.seed,
+        check_images=given.observers.check_images,
+        network=spec | {"mean": mean, "std": std, "arch": networks.identity(net.arch)},
+        weights=found and found.identity,
+        source=real.fingerprint,
+        labels=hashlib.sha256(real.labels.numpy().tobytes()).hexdigest(),
+        classes=len(real.names),
+        size=given.source.size,
+        resize=given.source.resize,
+        precision=str(session.dtype) if session.device.type != "cpu" else "torch.float32",
+    )
+
+
+def _train(
+    network: Network, net: recipe.Network, real: RealSet, session: Session, seed: int, progress: Progress
+) -> dict[int, State]:
+    """SGD with cross-entropy on `network` in place; returns the state after each epoch of `snapshots`.
+
+    Order, crops and dropout of a step follow from (seed, epoch, step), so that work taken up in the middle of an epoch
+    goes on to the same bits.
+    """
+    section, module = net.train, network.module
+    rows, last = real.rows(), 0
+    if len(rows) % section.batch == 1 and len(rows) > 1:
+        last = 1  # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
+    steps = math.ceil((len(rows) - last) / section.batch)
+    optimizer = torch.optim.SGD(
+        module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
+    )
+    scaler = torch.amp.GradScaler(
+        session.device.type, enabled=session.dtype == torch.float16 and session.device.type != "cpu"
+    )
+    kept: dict[int, State] = {}
+    first = _restore(progress.load(), network, optimizer, scaler, kept)
+    bar = session.bar(total=section.epochs * steps, initial=first, desc=net.name, unit="step", leave=False)
+    cuda = [session.device] if session.device.type == "cuda" else []
+    with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
+        for epoch in range(first // steps, section.epochs):
+            rng = generator(seed, STAGE, f"epoch {epoch}")
+            order = rows[torch.randperm(len(rows), generator=rng)][: len(rows) - last]
+            view_seed, step_seed = torch.randint(2**48, (2,), generator=rng).tolist()
+            done = max(first - epoch * steps, 0)
+            network.train()
+            batches = real.batches(order[done * section.batch :], section.batch, view=_view(section, view_seed))
+            for step, (images, labels, _) in enumerate(batches, epoch * steps + done):
+                torch.manual_seed(step_seed + step)
+                optimizer.param_groups[0]["lr"] = section.lr * _schedule(
+                    section.schedule, step, section.epochs * steps
+                )
+                x = images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
+                with session.autocast():
+                    loss = F.cross_entropy(network(x), labels.to(session.device))
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                bar.update()
+                if step % 50 == 0:
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
+                if step + 1 == (epoch + 1) * steps and epoch + 1 in recipe.snapshots(net):
+                    kept[epoch + 1] = _copy(network)
+                progress.save(functools.partial(_state, step + 1, network, optimizer, scaler, kept))
+    return kept
+
+
+def _schedule(kind: str, step: int, steps: int) -> float:
+    return 0.5 * (1 + math.cos(math.pi * step / steps)) if kind == "cosine" else 1.0
+
+
+def _view(section: recipe.Train, seed: int) -> View | None:
+    area = (section.crop_area[0], section.crop_area[1])
+    if section.augment == "none":
+        return View("pad_crop", seed, pad=0, flip=True) if section.flip else None
+    return View(section.augment, seed, pad=section.pad, area=area, flip=section.flip)
+
+
+def _copy(network: Network) -> State:
+    return {key: value.detach().cpu().clone().contiguous() for key, value in network.module.state_dict().items()}
+
+
+def _state(step: int, network: Network, optimizer, scaler, kept: dict[int, State]) -> State:
+    """Everything the rest of a training depends on, after `step` steps."""
+    state = {f"module/{key}": value for key, value in network.module.state_dict().items()}
+    for index, parameter in enumerate(network.module.parameters()):
+        buffer = optimizer.state[parameter].get("momentum_buffer")
+        if buffer is not None:
+            state[f"momentum/{index}"] = buffer
+    state |= {f"kept/{epoch}/{key}": value for epoch, held in kept.items() for key, value in held.items()}
+    scale = {f"scaler/{k}": torch.tensor(v, dtype=torch.float64) for k, v in scaler.state_dict().items()}
+    return state | scale | {"step": torch.tensor(step)}
+
+
+def _restore(state: State | None, network: Network, optimizer, scaler, kept: dict[int, State]) -> int:
+    """Puts a saved `_state` back; returns the number of steps done."""
+    if state is None:
+        return 0
+
+    def part(prefix: str) -> State:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    network.module.load_state_dict(part("module/"))
+    for index, parameter in enumerate(network.module.parameters()):
+        if f"momentum/{index}" in state:
+            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
+            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(state[f"momentum/{index}"])
+    for key, value in part("kept/").items():
+        epoch, _, name = key.partition("/")
+        kept.setdefault(int(epoch), {})[name] = value
+    if scale := part("scaler/"):
+        counts = ("growth_interval", "_growth_tracker")
+        scaler.load_state_dict({k: int(v) if k in counts else float(v) for k, v in scale.items()})
+    return int(state["step"])
+
+
+@torch.no_grad()
+def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session) -> float:
+    network.eval()
+    right = torch.zeros((), dtype=torch.int64, device=session.device)
+    for batch, label in zip(images.split(CHECK_BATCH), labels.split(CHECK_BATCH), strict=True):
+        x = batch.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
+        with session.autocast():
+            right += (network(x).argmax(1) == label.to(session.device)).sum()
+    return right.item() / len(labels)
+
+
+def _report(given: recipe.Recipe, observers: Observers, session: Session) -> None:
+    """Prints the accuracy of every observer in use and refuses those that see next to nothing."""
+    stages = (given.initialize.observers, given.synthesize.observers, given.relabel.observers)
+    used = dict.fromkeys(entry for stage in stages for entry in recipe.selected(given, stage))
+    for name, epoch in used:
+        facts = observers.facts(name, epoch)
+        accuracy, classes = facts["accuracy"], facts["classes"]
+        label = f"{name}@{epoch}" if epoch else name
+        session.report(f"  {label:<24}{accuracy:>8.1%} of the training images  {facts['arch']}, {facts['stem']} stem")
+        if accuracy < min(2 / classes, (1 + 1 / classes) / 2):  # of two classes twice chance is everything
+            raise InputError(
+                f"observers.networks: {label} is right on {accuracy:.1%} of the training images, below twice chance "
+                f"({classes} classes); check mean {facts['mean']}, std {facts['std']}, input_size and stem "
+                f"({facts['stem']}) against those it was trained with" + (", or its lr and epochs" if epoch else "")
+            )

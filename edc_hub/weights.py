@@ -1,0 +1,218 @@
+"""Where an observer's weights come from: a Hub id, a folder, a safetensors file, a foreign `.pth`, torchvision."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import InputError
+from .networks import Network
+
+
+FILES = ("model.safetensors", "pytorch_model.bin")
+FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.")
+
+
+class Weights(NamedTuple):
+    """Weights that have been found but not yet read."""
+
+    identity: str  # changes when the content does: a commit, a sha256 or torchvision's file name
+    source: str  # for people: no local path but its last part
+    read: Callable[[], Any]  # the state dictionary, perhaps wrapped
+
+
+def find(arch: str, weights: str) -> Weights:
+    """Finds what the key `weights` of an observer names. Reads no tensors; asks the Hub for the commit at most.
+
+    `torchvision/IMAGENET1K_V1` is a member of torchvision's enum for the architecture, `org/name` or
+    `org/name@revision` a Hub id, anything else a file or folder. Raises InputError where there is nothing.
+    """
+    if weights.startswith("torchvision/"):
+        return _torchvision(arch.removeprefix("torchvision/"), weights)
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return _folder(arch, path)
+    if path.is_file():
+        return Weights(sha256(path), path.name, lambda: _read(path))
+    if path.suffix in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", weights):
+        raise InputError(f"weights: no file {weights}; give a Hub id (org/name), a .safetensors or a .pth file")
+    return _hub(arch, weights)
+
+
+def _torchvision(name: str, weights: str) -> Weights:
+    member = weights.removeprefix("torchvision/")
+    try:
+        known = torchvision.models.get_model_weights(name)
+    except ValueError:
+        raise InputError(
+            f"weights: {weights}: torchvision has no weights for {name}; give a Hub id or a file"
+        ) from None
+    if member not in known.__members__:
+        there = ", ".join(f"torchvision/{m}" for m in known.__members__)
+        raise InputError(f"weights: no {weights} for {name}; there are: {there}")
+    chosen = known[member]
+
+    def read() -> dict[str, Tensor]:
+        try:
+            return torchvision.models.get_model(name, weights=chosen, progress=False).state_dict()
+        except OSError as error:
+            raise InputError(f"weights: cannot download {chosen.url} ({error}); give a file") from error
+
+    return Weights(chosen.url.rpartition("/")[2], f"torchvision/{chosen.name}", read)
+
+
+def _folder(arch: str, folder: Path) -> Weights:
+    parts = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
+    identity = hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in parts).encode()).hexdigest()
+    if arch.startswith("transformers/"):
+        return Weights(identity, folder.name, lambda: _transformers(str(folder)))
+    if arch.startswith("timm/") and (folder / "config.json").exists():
+        return Weights(identity, folder.name, lambda: _timm(f"local-dir:{folder}"))
+    files = [folder / name for name in FILES if (folder / name).exists()]
+    if files:
+        return Weights(identity, folder.name, lambda: _read(files[0]))
+    raise InputError(f"weights: {folder} holds neither {' nor '.join(FILES)}; name the file itself")
+
+
+def _hub(arch: str, weights: str) -> Weights:
+    repo, _, revision = weights.partition("@")
+    library = arch.partition("/")[0] if arch.startswith(("transformers/", "timm/")) else None
+    file = _fetch(repo, revision or None, ("config.json",) if library else FILES)
+    commit = file.parent.name  # …/snapshots/<commit>/<file>
+    read = {
+        "transformers": lambda: _transformers(repo, revision=commit),
+        "timm": lambda: _timm(f"hf-hub:{repo}@{commit}"),
+        None: lambda: _read(file),
+    }[library]
+    return Weights(f"{repo}@{commit}", f"{repo}@{commit}", read)
+
+
+def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
+    """The first of `names` that the repository holds, downloaded."""
+    for name in names:
+        try:
+            return Path(hf_hub_download(repo, name, revision=revision))
+        except HFValidationError as error:
+            raise InputError(f"weights: '{repo}' is no file and no Hub id (org/name)") from error
+        except RemoteEntryNotFoundError:
+            continue
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"weights: cannot get {repo} from the Hub ({reason}); check the id or give a file"
+            ) from error
+    raise InputError(f"weights: {repo} has no {' or '.join(names)} on the Hub; download its weights and name the file")
+
+
+def _transformers(name: str, **options: Any) -> dict[str, Tensor]:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        return AutoModelForImageClassification.from_pretrained(name, **options).state_dict()
+    except (OSError, ValueError) as error:
+        raise InputError(f"weights: {name}: {str(error).splitlines()[0]}; give an image classifier") from error
+
+
+def _timm(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except (OSError, RuntimeError, KeyError) as error:
+        raise InputError(f"weights: {name}: {str(error).splitlines()[0]}; give a repository that timm made") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"weights: {path} is no whole safetensors file ({error}); fetch it again") from error
+    except Exception as error:  # torch.load reports refused objects, truncation and other formats each in its own way
+        raise InputError(
+            f"weights: {path} holds more than tensors or is damaged ({str(error).splitlines()[0]}); where you trust "
+            "it, save its state_dict with safetensors.torch.save_file and give that file"
+        ) from error
+
+
+def load_into(network: Network, found: Weights, *, new_head: bool = False) -> None:
+    """Reads the weights into `network.module`.
+
+    Common wrappers ({"state_dict": …}, "module." before every key) are taken off. With `new_head` a classifier layer
+    of another width keeps its random weights. Raises InputError naming the first keys that do not fit.
+    """
+    own = network.module.state_dict()
+    state = _unwrap(found.read(), own, found.source)
+    head = network.classifier
+    for key in (f"{head}.weight", f"{head}.bias"):
+        if key in own and key in state and own[key].shape != state[key].shape:
+            if not new_head:
+                raise InputError(
+                    f"weights: {found.source} has a classifier {key} of shape {list(state[key].shape)}, the source "
+                    f"asks for {list(own[key].shape)}; a train section fine-tunes it with a new one"
+                )
+            state[key] = own[key]
+    for key in own:
+        if key.endswith("num_batches_tracked"):  # not in checkpoints of old PyTorch, and never used here
+            state.setdefault(key, own[key])
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{k} {list(state[k].shape)}, not {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+        wrong = [("missing", missing), ("unexpected", unexpected), ("shape", shapes)]
+        text = "; ".join(f"{what}: {', '.join(keys[:3])}{_more(keys)}" for what, keys in wrong if keys)
+        facts = network.facts
+        raise InputError(
+            f"weights: {found.source} does not fit {facts['arch']} with args {facts['args']} and the "
+            f"{facts['stem']} stem ({text}); correct arch, args or stem"
+        )
+    network.module.load_state_dict(state)
+
+
+def _more(keys: list[str]) -> str:
+    return f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+
+
+def _unwrap(state: Any, own: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    while isinstance(state, dict) and (inner := [k for k in WRAPPERS if isinstance(state.get(k), dict)]):
+        state = state[inner[0]]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"weights: {source} holds no state dictionary of tensors; save model.state_dict()")
+    state = dict(state)
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
+        if any(key.startswith(prefix) for key in own):
+            break
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """sha256 of a state dictionary: of its names, types, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        total.update(f"{key}:{tensor.dtype}:{list(tensor.shape)}\n".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

@@ -1,0 +1,234 @@
+"""The main job as a user runs it: real processes, real kills, real `datasets`."""
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+
+import datasets
+import pytest
+import torch
+import yaml
+from edc_hub import condense, work
+
+
+RECIPE = {
+    "name": "digits",
+    "ipc": 2,
+    "source": {"path": "sklearn/digits", "size": 8},
+    "observers": {
+        "train": {"epochs": 2, "snapshots": [1], "batch": 50, "augment": "pad_crop", "pad": 1, "flip": False},
+        "networks": [
+            {"name": "plain", "arch": "convnet", "args": {"depth": 2, "width": 16, "norm": "batch"}},
+            {"name": "wide", "arch": "convnet", "args": {"depth": 1, "width": 24, "norm": "instance"}},
+        ],
+    },
+    "moments": {"rows": 500},
+    "synthesize": {"iterations": 12, "block": 8, "flatness": {"kind": "logits"}},
+    "relabel": {"epochs": 4, "batch": 10, "rand_augment": 2, "flip": False, "observers": ["plain@1", "wide"]},
+}
+FILES = ["dataset", "controls/initial", *(f"controls/random/{draw}" for draw in range(3))]
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def arguments(recipe, runs, *more):
+    common = ["--output_dir", str(runs / "run"), "--threads", "1", "--device", "cpu", "--checkpoint_seconds", "0"]
+    return [str(recipe), *common, *more]
+
+
+def command(recipe, runs, *more):
+    return [sys.executable, "-m", "edc_hub.condense", *arguments(recipe, runs, *more)]
+
+
+def digests(runs):
+    """sha256 of every file of the set and its controls."""
+    found = {}
+    for folder in FILES:
+        for path in sorted((runs / "run" / folder).rglob("*")):
+            if path.is_file():
+                found[str(path.relative_to(runs))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    """An undisturbed run in one process of its own."""
+    runs = tmp_path_factory.mktemp("one")
+    done = subprocess.run(command(recipe, runs), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return runs, done
+
+
+def test_a_run_ends_with_a_set_that_load_dataset_reads(finished):
+    runs, done = finished
+    folder = done.stdout.strip()
+    assert folder == str(runs / "run" / "dataset")  # stdout holds the result and nothing else
+    images = datasets.load_dataset(folder, split="train")
+    assert images.num_rows == 20
+    assert images["label"] == [label for label in range(10) for _ in range(2)]
+    assert images.features["label"].names == [str(label) for label in range(10)]
+    assert images[0]["image"].size == (8, 8) and images[0]["image"].mode == "RGB"
+    assert images["image_id"] == list(range(20)) and images["ipc_index"] == [0, 1] * 10
+    views = datasets.load_dataset(folder, "soft_labels", split="train")
+    assert views.num_rows == 80 and sorted(set(views["epoch"])) == [0, 1, 2, 3]
+    for epoch in range(4):
+        of_epoch = [row for row, e in zip(views["image_id"], views["epoch"], strict=True) if e == epoch]
+        assert sorted(of_epoch) == list(range(20))
+
+
+def test_a_run_says_what_each_stage_took_and_how_to_load_the_set(finished):
+    runs, done = finished
+    facts = json.loads((runs / "run" / "run.json").read_text())
+    for stage in ("observers", "moments", "initialize", "synthesize", "relabel", "control initial"):
+        assert f"\n{stage}" in done.stderr and facts["seconds"][stage] >= 0
+    assert "load_dataset(" in done.stderr and facts["processes"] == 1 and facts["threads"] == 1
+
+
+def test_the_controls_have_the_schema_of_the_set_and_other_images(finished):
+    runs, _ = finished
+    rows = {folder: datasets.load_dataset(str(runs / "run" / folder), split="train") for folder in FILES}
+    assert len({str(found.features) for found in rows.values()}) == 1
+    pixels = {folder: found[0]["image"].tobytes() for folder, found in rows.items()}
+    assert pixels["dataset"] != pixels["controls/initial"]
+    assert rows["dataset"]["source_rows"] == rows["controls/initial"]["source_rows"]
+    draws = [tuple(map(tuple, rows[f"controls/random/{draw}"]["source_rows"])) for draw in range(3)]
+    assert len(set(draws)) == 3
+
+
+def test_control_images_are_the_real_images_of_their_source_rows(finished):
+    from edc_hub import source
+    from edc_hub.condensed import CondensedSet
+    from edc_hub.recipe import Source
+
+    runs, _ = finished
+    real = source.load(Source(path="sklearn/digits", size=8))
+    for folder in FILES[1:]:
+        condensed = CondensedSet.load(runs / "run" / folder)
+        rows = datasets.load_dataset(str(runs / "run" / folder), split="train")["source_rows"]
+        rows = torch.tensor([row for (row,) in rows])
+        assert torch.equal(condensed.images, real.images(rows))
+        assert torch.equal(condensed.labels, real.labels[rows])
+
+
+def test_the_published_recipe_names_nothing_of_this_machine(finished):
+    runs, _ = finished
+    text = (runs / "run" / "dataset" / "recipe.yaml").read_text()
+    for word in ("output_dir", "threads", "device", "checkpoint_seconds", str(runs)):
+        assert word not in text
+    assert yaml.safe_load(text)["synthesize"]["iterations"] == 12
+
+
+def test_the_same_command_again_finds_everything_and_changes_nothing(finished, recipe):
+    runs, _ = finished
+    before = digests(runs)
+    stamps = {path: path.stat().st_mtime_ns for path in (runs / "artifacts").rglob("*.safetensors")}
+    assert condense.main(arguments(recipe, runs)) == 0
+    assert digests(runs) == before
+    assert {path: path.stat().st_mtime_ns for path in (runs / "artifacts").rglob("*.safetensors")} == stamps
+
+
+def test_two_processes_give_the_bytes_of_one(finished, recipe, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    two = [*launcher, *command(recipe, tmp_path)[1:]]
+    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert digests(tmp_path) == digests(finished[0])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
+
+
+KILLED = """
+import json, os, signal, sys, time
+from edc_hub import card, condense, condensed, initialize, labels, moments, observers, source, synthesize  # once, here
+import datasets, torch, transformers
+argv, delays = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+kills = 0
+for delay in [*delays, 600]:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os._exit(condense.main(argv))
+    end = time.monotonic() + delay
+    while time.monotonic() < end and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(0.005)
+    try:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    except (ProcessLookupError, ChildProcessError):
+        pass
+print(kills)
+"""
+
+
+def test_ten_kills_at_random_moments_and_the_same_command_give_the_bytes_of_an_undisturbed_run(
+    finished, recipe, tmp_path
+):
+    whole = sum(json.loads((finished[0] / "run" / "run.json").read_text())["seconds"].values())
+    chance = random.Random(0)
+    delays = [chance.uniform(0.02, 0.25) * whole for _ in range(10)]  # 2.7 times the work left at the first
+    script = [sys.executable, "-c", KILLED, json.dumps(arguments(recipe, tmp_path)), json.dumps(delays)]
+    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 5, "the run was over before it was killed often enough"
+    assert digests(tmp_path) == digests(finished[0])
+    assert not list(tmp_path.rglob("*.progress")) and not list((tmp_path / "artifacts").rglob("*.tmp"))
+
+
+def test_runs_share_what_they_have_in_common(finished, recipe):
+    runs, _ = finished
+    before = {path.name for path in (runs / "artifacts").rglob("*.safetensors")}
+    other = ["--output_dir", str(runs / "other"), "--synthesize.iterations", "3", "--relabel.controls", "false"]
+    assert condense.main([*arguments(recipe, runs), *other]) == 0
+    added = {path for path in (runs / "artifacts").rglob("*.safetensors") if path.name not in before}
+    assert {path.parent.name for path in added} == {"blocks", "views"}
+    (runs / "other").rename(runs.parent / f"{runs.name}-other")  # out of the way of the other tests
+
+
+def refused(capsys, argv):
+    """Runs the command in this process; returns its one line of error."""
+    assert condense.main(argv) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert out == "" and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--synthesize.iteratons", "3"], "synthesize.iteratons: unknown key; did you mean 'iterations'?"),
+        (["--ipc", "ten"], "ipc: "),
+        (["--ipc", "1000"], "ipc"),
+        (["--source.path", "no/such/folder/here"], "source.path: "),
+        (["--source.train_split", "training"], "source.train_split: "),
+        (["--source.label_column", "digit"], "source.label_column: "),
+        (["--relabel.observers", "[nobody]"], "relabel.observers: no observer 'nobody'"),
+        (["--observers.networks", "[{name: a, arch: resnet19}]"], "resnet19"),
+        (["--observers.networks", "[{name: a, arch: resnet18, weights: missing.safetensors}]"], "missing.safetensors"),
+        (["--device", "cuda"], "device: cuda is asked for"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line_and_status_2(recipe, tmp_path, capsys, more, expected):
+    assert expected in refused(capsys, arguments(recipe, tmp_path, *more))
+
+
+def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):
+    with work.lock(tmp_path / "run"):
+        assert f"is being written by process {os.getpid()}" in refused(capsys, arguments(recipe, tmp_path))
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
+    assert condense.main(arguments(recipe, tmp_path, "--dry_run")) == 0
+    out = capsys.readouterr().out
+    for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels"):
+        assert word in out
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,196 @@
+"""Synthesis: the loop, in normalised space, against slow references; resume inside a block."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from edc_hub import networks, synthesize, work
+from edc_hub.recipe import Recipe
+from edc_hub.work import Progress
+
+
+MEAN, STD = [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.201]
+
+
+def recipe(iterations=10, **keys):
+    defaults = {"iterations": iterations, "crop_area": [1.0, 1.0], "flip": False, "lr": 0.05}
+    source = {"size": 8, "mean": MEAN, "std": STD}
+    return Recipe.model_validate({"source": source, "synthesize": {**defaults, **keys}})
+
+
+class Smooth:
+    """An observer with a smooth loss of every pixel, so that float32 and float64 can be compared."""
+
+    class matcher:  # noqa: N801 - stands for an object without state
+        state = staticmethod(dict)
+        restore = staticmethod(lambda saved: None)
+
+    def __init__(self, seed, dtype=torch.float32):
+        weight = torch.randn(10, 3 * 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.weight = weight.to(dtype)
+
+    def logits(self, x):
+        return torch.tanh(x.flatten(1) - 0.5) @ self.weight.t()
+
+    def loss(self, x, averaged, labels, section, generator):
+        return F.cross_entropy(self.logits(x), labels)
+
+
+def images(count=4, seed=0, size=8):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(40, 215, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def test_ten_adam_steps_are_those_of_a_reference_on_normalised_pixels(session, tmp_path):
+    labels, made = torch.tensor([0, 1, 2, 3]), recipe()
+    observed = [Smooth(0), Smooth(1), Smooth(2)]
+    generator = work.generator(0, "blocks", "b")
+    z, losses = synthesize.optimise(images(), labels, observed, made, session, generator, Progress(tmp_path / "p", 1e9))
+
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
+    expected = (images().double() / 255 - mean) / std
+    low, high = -mean / std, (1 - mean) / std
+    m, v, expected_losses = torch.zeros_like(expected), torch.zeros_like(expected), []
+    for t in range(10):
+        leaf = expected.clone().requires_grad_()
+        loss = F.cross_entropy(Smooth(t % 3, torch.float64).logits(leaf * std + mean), labels)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        expected_losses.append(loss.item())
+        m = 0.5 * m + 0.5 * gradient
+        v = 0.9 * v + 0.1 * gradient**2
+        lr = 0.05 * (1 + math.cos(math.pi * t / 10)) / 2
+        step = lr * (m / (1 - 0.5 ** (t + 1))) / ((v / (1 - 0.9 ** (t + 1))).sqrt() + 1e-8)
+        expected = torch.minimum(torch.maximum(expected - step, low), high)
+    assert (z - (images() / 255.0 - mean) / std).abs().max() > 0.2  # it moved, in units of std
+    torch.testing.assert_close(z.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses.double(), torch.tensor(expected_losses).double(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_cosine_starts_at_one_and_ends_next_to_zero():
+    values = [synthesize.cosine(t, 100) for t in range(100)]
+    assert values[0] == 1.0
+    assert values[50] == pytest.approx(0.5)
+    assert values[99] == pytest.approx(0.5 * (1 + math.cos(0.99 * math.pi)))
+    assert all(a > b for a, b in zip(values, values[1:], strict=False))
+
+
+def test_pixels_stay_in_the_unit_range_and_are_rounded_not_cut():
+    pixels = synthesize.Pixels(recipe().source, torch.device("cpu"))
+    original = images()
+    z = pixels.to_z(original)
+    assert torch.equal(pixels.to_bytes(z), original)
+    assert torch.equal(pixels.to_bytes(pixels.to_z(original) + 0.6 / 255 / pixels.std), original + 1)
+    wild = z * 50
+    pixels.clamp(wild)
+    x = pixels.to_x(wild)
+    assert x.min() >= -1e-6 and x.max() <= 1 + 1e-6 and x.min() < 0.01 and x.max() > 0.99
+
+
+@pytest.mark.parametrize("order", ["class_major", "across_class"])
+def test_every_image_is_in_exactly_one_block(order):
+    blocks = synthesize.plan(classes=7, ipc=3, block=5, order=order)
+    assert sorted(torch.cat(blocks).tolist()) == list(range(21))
+    assert [len(block) for block in blocks] == [5, 5, 5, 5, 1]
+    first = (blocks[0] // 3).tolist()
+    assert first == ([0, 0, 0, 1, 1] if order == "class_major" else [0, 1, 2, 3, 4])
+
+
+def test_a_crop_stays_inside_and_covers_the_area_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(400):
+        top, left, height, width = synthesize.crop_box(32, [0.25, 0.5], generator)
+        assert 0 <= top <= 32 - height and 0 <= left <= 32 - width
+        assert 0.7 < width / height < 1.4
+        shares.append(height * width / 1024)
+    assert 0.22 < min(shares) < 0.3 and 0.45 < max(shares) < 0.54
+    assert synthesize.crop_box(32, [1.0, 1.0], torch.Generator().manual_seed(1))[2:] <= (32, 32)
+
+
+def test_the_block_shares_one_crop_flip_and_roll():
+    made = recipe(crop_area=[0.3, 0.9], flip=True, jitter=2)
+    generator = torch.Generator().manual_seed(3)
+    same = images(1).expand(5, -1, -1, -1) / 255.0
+    views = [synthesize.Crop(8, made.synthesize, generator)(same) for _ in range(20)]
+    for view in views:
+        assert torch.equal(view, view[:1].expand_as(view))
+    assert len({tuple(view[0].flatten().tolist()) for view in views}) > 15
+
+
+def test_a_crop_is_the_resized_mirrored_rolled_part():
+    made = recipe(crop_area=[0.3, 0.9], flip=True, jitter=2)
+    x = images(2) / 255.0
+    for seed in range(6):
+        crop = synthesize.Crop(8, made.synthesize, torch.Generator().manual_seed(seed))
+        part = x[:, :, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width].double()
+        expected = torch.empty(2, 3, 8, 8, dtype=torch.float64)
+        for row in range(8):
+            for column in range(8):
+                y = min(max((row + 0.5) * crop.height / 8 - 0.5, 0), crop.height - 1)
+                u = min(max((column + 0.5) * crop.width / 8 - 0.5, 0), crop.width - 1)
+                y0, u0 = int(y), int(u)
+                y1, u1 = min(y0 + 1, crop.height - 1), min(u0 + 1, crop.width - 1)
+                a, b = y - y0, u - u0
+                top = part[:, :, y0, u0] * (1 - b) + part[:, :, y0, u1] * b
+                bottom = part[:, :, y1, u0] * (1 - b) + part[:, :, y1, u1] * b
+                expected[:, :, row, column] = top * (1 - a) + bottom * a
+        if crop.flip:
+            expected = expected.flip(-1)
+        if crop.roll:
+            expected = expected.roll(crop.roll, (-2, -1))
+        torch.testing.assert_close(crop(x).double(), expected, rtol=1e-4, atol=1e-6)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("flatness", ["none", "logits"])
+def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path, flatness):
+    keys = {"crop_area": [0.3, 1.0], "flip": True, "drop_rate": 0.3, "flatness": {"kind": flatness}}
+    made = recipe(iterations=9, **keys)
+    labels = torch.tensor([0, 0, 1, 1])
+    nets = [
+        networks.build(
+            "convnet", 10, args={"depth": 2, "width": 8, "norm": norm}, image_size=8, mean=MEAN, std=STD, seed=1
+        )
+        for norm in ("batch", "instance")
+    ]
+
+    def run(progress, stop=None):
+        observed = [synthesize.Observed(net.eval().requires_grad_(False), target(net), labels, made) for net in nets]
+        if stop is not None:
+            loss, calls = observed[0].loss, []
+
+            def stopping(*arguments):
+                calls.append(1)
+                if len(calls) == stop:
+                    raise Interrupted
+                return loss(*arguments)
+
+            observed[0].loss = stopping
+        generator = work.generator(0, "blocks", "b")
+        return synthesize.optimise(images(), labels, observed, made, session, generator, progress)
+
+    undisturbed, losses = run(Progress(tmp_path / "a", 1e9))
+    with pytest.raises(Interrupted):
+        run(Progress(tmp_path / "b", 0.0), stop=4)
+    resumed, resumed_losses = run(Progress(tmp_path / "b", 0.0))
+    assert torch.equal(undisturbed, resumed) and torch.equal(losses, resumed_losses)
+    assert losses[-1] < losses[0]
+
+
+def target(net):
+    """Targets from random real images, by the taps themselves."""
+    from edc_hub import matching
+    from edc_hub.moments import Targets
+    from edc_hub.taps import Taps
+
+    taps = Taps(net, patch=4)
+    with torch.no_grad(), taps:
+        net.eval()(images(20, seed=9) / 255.0)
+    first, second = taps.collect()
+    mean, var = matching.group(first, second, taps.shift, torch.full((1, 20), 1 / 20))
+    classes = torch.tensor([0, 1])
+    return Targets(taps.layout, mean[0], var[0], classes, mean.expand(2, -1), var.expand(2, -1), mean[0], var[0])
