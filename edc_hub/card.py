@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Features
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from .recipe import Evaluation
+from .tables import Written
 
 
 _HERE = Path(__file__).parent
@@ -22,7 +22,7 @@ import timm, torch
 from datasets import load_dataset
 from torch.nn.functional import cross_entropy, mse_loss
 
-ds = load_dataset("{repo}", "images", split="train").with_format("torch")
+ds = load_dataset("{repo}", "images", split="train").with_format("torch", ["image", "label", "soft_label"])
 mean, std = torch.tensor({mean}).view(3, 1, 1), torch.tensor({std}).view(3, 1, 1)
 net = timm.create_model("resnet18", num_classes={classes})
 {stem}optimizer = torch.optim.AdamW(net.parameters(), lr={lr}, weight_decay={weight_decay})
@@ -40,7 +40,7 @@ views, logits = condensed.views(epoch=0)  # the columns above, and float32 logit
 x = condensed.replay(epoch=0)  # the pixels the observers saw, float32 in [0, 1]"""
 
 
-def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str = ".") -> str:
+def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
     """A student of the `images` configuration in ten lines of torch, by the protocol of the recipe."""
     return _EXAMPLE.format(
         repo=repo,
@@ -52,13 +52,10 @@ def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str = ".") -
     )
 
 
-def render(
-    manifest: dict[str, Any], evaluation: Evaluation, features: dict[str, Features], sizes: dict[str, int], repo: str = "."
-) -> str:
+def render(manifest: dict[str, Any], evaluation: Evaluation, data: dict[str, Written], repo: str) -> str:
     """The text of README.md.
 
-    Args: features, sizes: of each configuration, its columns and its bytes in memory; repo: what a reader gives to
-    `load_dataset`, by default the folder that holds the card.
+    Args: data: the tables of each configuration; repo: what a reader gives to `load_dataset`.
     """
     images, soft, source = manifest["images"], manifest["soft_labels"], manifest["source"]
     count = images["count"]
@@ -69,19 +66,19 @@ def render(
         "flip": soft["flip"],
         {"none": "", "cutmix": "CutMix", "mixup": "MixUp"}[soft["mix"]]: soft["mix"] != "none",
     }
-    control = manifest["control"]
+    control, name = manifest["control"], source["id"]
     condensed_by = f"condensed with the recipe `{manifest['method']}`"
     origin = {None: condensed_by, "initial": "the initial images of a run", "random": "real images drawn at random"}
     grid = "Each pair: the image it started from, and the condensed image" if control is None else "Some of the images"
     return DatasetCard.from_template(
-        _metadata(manifest, features, sizes),
+        _metadata(manifest, data),
         template_path=str(TEMPLATE),
         manifest=manifest,
         title=_title(manifest),
         count=count,
         size=images["size"],
         soft=soft,
-        source_link=f"[{source['id']}](https://huggingface.co/datasets/{source['id']})" if source["commit"] else source["id"],
+        source_link=f"[{name}](https://huggingface.co/datasets/{name})" if source["commit"] else name,
         origin=origin[control],
         grid_text=grid,
         bytes=_bytes,
@@ -99,11 +96,11 @@ def _title(manifest: dict[str, Any]) -> str:
     return f"{manifest['name']}, {kind}, {manifest['ipc']} images per class"
 
 
-def _metadata(manifest: dict[str, Any], features: dict[str, Features], sizes: dict[str, int]) -> DatasetCardData:
+def _metadata(manifest: dict[str, Any], data: dict[str, Written]) -> DatasetCardData:
     count, source = manifest["images"]["count"], manifest["source"]
     bounds = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
     configs, infos = [], []
-    for config in features:
+    for config, written in data.items():
         files = {path: file for path, file in manifest["files"].items() if path.startswith(f"{config}/")}
         configs.append(
             {
@@ -118,10 +115,10 @@ def _metadata(manifest: dict[str, Any], features: dict[str, Features], sizes: di
         infos.append(
             {
                 "config_name": config,
-                "features": features[config]._to_yaml_list(),
-                "splits": [{"name": "train", "num_bytes": sizes[config], "num_examples": rows}],
+                "features": written.features._to_yaml_list(),
+                "splits": [{"name": "train", "num_bytes": written.memory, "num_examples": rows}],
                 "download_size": sum(file["bytes"] for file in files.values()),
-                "dataset_size": sizes[config],
+                "dataset_size": written.memory,
             }
         )
     return DatasetCardData(

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from . import launch, recipes, work
-from .recipe import Recipe, selected
+from .recipe import Recipe
 from .work import Session
 
 
@@ -79,17 +79,18 @@ def control(recipe, real, watching, initial, folder: Path, session: Session, clo
     """The sets that show what synthesis adds: the initial images, and random real images, with labels made alike."""
     from . import initialize
 
-    publish(recipe, real, watching, initial.images, initial, folder / "initial", "control initial", session, clock)
+    label = "control initial"
+    publish(recipe, real, watching, initial.images, initial, folder / "initial", label, session, clock, "initial")
     for draw in range(recipe.relabel.random_draws):
         rows = initialize.random_rows(real, recipe.ipc, work.generator(recipe.seed, "random", str(draw)))
         start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
-        publish(
-            recipe, real, watching, start.images, start, folder / "random" / str(draw), f"control random {draw}",
-            session, clock,
-        )  # fmt: skip
+        place, label = folder / "random" / str(draw), f"control random {draw}"
+        publish(recipe, real, watching, start.images, start, place, label, session, clock, "random")
 
 
-def publish(recipe, real, watching, images, initial, folder: Path, label: str, session: Session, clock) -> None:
+def publish(
+    recipe, real, watching, images, initial, folder: Path, label: str, session: Session, clock, control=None
+) -> None:
     """Encodes and labels a set of images and writes its dataset folder."""
     from . import condensed, labels
 
@@ -104,10 +105,8 @@ def publish(recipe, real, watching, images, initial, folder: Path, label: str, s
                 initial=initial,
                 real=real,
                 labels=soft,
-                observers={
-                    f"{name}@{epoch}" if epoch else name: watching.facts(name, epoch)
-                    for name, epoch in selected(recipe, recipe.relabel.observers)
-                },
+                observers=watching,
+                control=control,
             )
         session.state.wait_for_everyone()
 

@@ -7,36 +7,36 @@ Equal inputs give equal bytes. A folder is built beside its place and renamed in
 import hashlib
 import io
 import json
-import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
-import pyarrow.parquet as pq
 import torch
-from datasets import ClassLabel, Features, List, Value
-from datasets import Image as ImageFeature
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, card, randaugment, recipes, views, work
+from . import __version__, card, manifest, recipes, tables, views, work
 from .errors import InputError
 from .labels import Labels
-from .recipe import Images, Recipe, selected
+from .manifest import FORMAT_VERSION
+from .recipe import Images, Recipe
 from .views import ViewTable
 
 
-FORMAT_VERSION = "1.0"
-SHARD_BYTES = 500_000_000
-_LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
+if TYPE_CHECKING:
+    from .initialize import Initial
+    from .observers import Observers
+    from .source import RealSet
+
+
+VERSION = 1  # of how a folder is made from its inputs; raised when equal inputs would give other files
 
 
 def encode(images: Tensor, section: Images) -> list[bytes]:
@@ -66,48 +66,46 @@ def write(
     *,
     recipe: Recipe,
     files: list[bytes],
-    initial: Any,
-    real: Any,
+    initial: "Initial",
+    real: "RealSet",
     labels: Labels,
-    observers: dict[str, dict[str, Any]],
+    observers: "Observers",
     control: str | None = None,
 ) -> None:
     """Writes the dataset folder, or leaves it alone if it holds this very set.
 
-    Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from
-    (`images` uint8 (N, 3, s, s), `source_rows` int32 (N, tiles), -1 none); real: the source (`names`, `id`, `commit`,
-    `fingerprint`); observers: facts of each by `name@epoch`; control: `initial` or `random` for a control set.
+    Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
+    observers: those of the run, for their facts; control: `initial` or `random` for a control set.
     Errors: InputError where the disk refuses.
     """
     published = recipes.published(recipe)
-    facts = _facts(recipe, files, real, observers, control, published)
-    facts["fingerprint"] = work.fingerprint(
+    known = manifest.facts(recipe, files, real, observers, control, published)
+    known["fingerprint"] = work.fingerprint(
         "dataset",
-        1,
-        facts=facts,
+        VERSION,
+        facts=known,
         labels=labels.fingerprint,
         files=[hashlib.sha256(file).hexdigest() for file in files],
         source_rows=initial.source_rows.tolist(),
     )
-    if _holds(folder, facts["fingerprint"]):
+    if _holds(folder, known["fingerprint"]):
         return
     for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
     part = work.temporary(folder)
     try:
-        data = {
-            "images": _write_shards(part / "images", _image_rows(files, initial.source_rows, labels, real.names)),
-            "soft_labels": _write_shards(part / "soft_labels", _label_rows(labels)),
+        rows = {
+            "images": tables.image_rows(files, initial.source_rows, labels.mean, real.names),
+            "soft_labels": tables.label_rows(labels),
         }
+        with work.disk_errors(part):
+            data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
         _write_text(part / "recipe.yaml", published)
-        final = decode(files)
-        grid = partial(card.grid, None if control else initial.images, final, len(real.names))
+        grid = partial(card.grid, None if control else initial.images, decode(files), len(real.names))
         work.write_atomically(part / "assets/grid.png", grid)
-        manifest = _manifest(facts, part, data)
-        _write_text(part / "manifest.json", json.dumps(manifest, indent=2) + "\n")
-        features = {config: features for config, (features, _, _) in data.items()}
-        sizes = {config: size for config, (_, size, _) in data.items()}
-        _write_text(part / "README.md", card.render(manifest, recipe.evaluation, features, sizes))
+        facts = manifest.complete(known, part, data)
+        _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
+        _write_text(part / "README.md", card.render(facts, recipe.evaluation, data, folder.name))
         _replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -148,11 +146,16 @@ class CondensedSet:
         Errors: InputError for a place without a finished set, and for a format that this version does not know.
         """
         place = str(folder_or_id)
-        fetch = (lambda _: Path(place)) if Path(place).is_dir() else partial(_download, place, revision)
-        path = fetch("manifest.json") / "manifest.json"
+        if Path(place).is_dir():
+            folder, fetch = Path(place), lambda _: Path(place)
+        else:
+            folder = _download(place, revision, "manifest.json")
+            fetch = partial(_download, place, folder.name)  # named by its commit: the rest comes from the same one
+        path = folder / "manifest.json"
         if not path.is_file():
             inside = Path(place) / "dataset"
-            hint = f"give {inside}" if (inside / "manifest.json").is_file() else "give the dataset folder of a finished run"
+            finished = (inside / "manifest.json").is_file()
+            hint = f"give {inside}" if finished else "give the dataset folder of a finished run"
             raise InputError(f"{place}: no condensed set here, manifest.json is missing; {hint}")
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -162,14 +165,14 @@ class CondensedSet:
             raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again") from error
         if newer:
             raise InputError(
-                f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads up to "
-                f"{FORMAT_VERSION}; pip install --upgrade edc-hub, or load an older revision of the set"
+                f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads "
+                f"up to {FORMAT_VERSION}; pip install --upgrade edc-hub, or load an older revision of the set"
             )
         return cls(manifest, fetch)
 
     def __repr__(self) -> str:
-        images = self.manifest["images"]
-        return f"CondensedSet({self.manifest['name']}, {images['count']} images of {images['size']} px, ipc {self.ipc})"
+        count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
+        return f"CondensedSet({self.manifest['name']}, {count} images of {size} px, ipc {self.ipc})"
 
     @property
     def names(self) -> list[str]:
@@ -209,12 +212,12 @@ class CondensedSet:
     @cached_property
     def labels(self) -> Tensor:
         """int64 (N,)."""
-        return _tensor(self._rows["label"])
+        return tables.tensor(self._rows["label"])
 
     @cached_property
     def soft_labels(self) -> Tensor:
         """Mean observer logits of the images themselves, float32 (N, C)."""
-        return _tensor(self._rows["soft_label"]).float()
+        return tables.tensor(self._rows["soft_label"]).float()
 
     def views(self, epoch: int) -> tuple[ViewTable, Tensor]:
         """The views of one label epoch, in the order of their batches, and their mean logits float32 (N, C).
@@ -222,9 +225,9 @@ class CondensedSet:
         Errors: InputError for an epoch that the set does not have.
         """
         if not 0 <= epoch < self.epochs:
-            raise InputError(f"epoch: {epoch} is not in the set; it has {self.epochs} label epochs, 0 to {self.epochs - 1}")
+            raise InputError(f"epoch: {epoch} is not in the set; give 0 to {self.epochs - 1}")
         table = self._labelled.to_table(filter=pyarrow.dataset.field("epoch") == epoch)
-        columns = {name: _tensor(table[name]) for name in table.column_names}
+        columns = {name: tables.tensor(table[name]) for name in table.column_names}
         return columns, columns.pop("soft_label").float()
 
     def replay(self, epoch: int) -> Tensor:
@@ -239,6 +242,6 @@ def _download(repo_id: str, revision: str | None, pattern: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         at = f" at revision {revision}" if revision else ""
         raise InputError(
-            f"{repo_id}: neither a folder here nor a data set on the Hub{at} that can be reached ({error}); give the dataset "
-            "folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
+            f"{repo_id}: neither a folder here nor a data set on the Hub{at} that can be reached ({error}); give the "
+            "dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
         ) from error

@@ -115,7 +115,7 @@ def complaint(error: ValidationError) -> str:
             return f"{place}: {text}"  # said about this key; a section's validator begins with the key it means
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
-        return f"{place}: a key must be text, got {value!r}; write it in quotes"
+        return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
     return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path)}"
 
 

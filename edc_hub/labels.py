@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import views, work
 from .recipe import Recipe, Relabel, selected
 from .views import ViewTable
-from .work import Session, Store, Unit
+from .work import Progress, Session, Store, Unit
+
+
+if TYPE_CHECKING:
+    from .observers import Observers
 
 
 VERSION = 1
@@ -53,7 +57,7 @@ class Labels:
         return work.fingerprint("labels", VERSION, units=[unit.fingerprint for unit in self.units])
 
 
-def obtain(recipe: Recipe, images: Tensor, observers: Any, session: Session, label: str = "labels") -> Labels:
+def obtain(recipe: Recipe, images: Tensor, observers: "Observers", session: Session, label: str = "labels") -> Labels:
     """Labels `recipe.relabel.epochs` views of each image, and each image itself.
 
     Args: images uint8 (N, 3, s, s) on the CPU, as decoded from the published files; observers: networks by name and
@@ -77,7 +81,7 @@ def obtain(recipe: Recipe, images: Tensor, observers: Any, session: Session, lab
     def ready() -> tuple[Tensor, list]:
         return images.to(session.device), [observers.load(name, epoch) for name, epoch in chosen]
 
-    def make(unit: Unit, generator: torch.Generator, progress: Any) -> tuple[dict[str, Tensor], dict]:
+    def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         stored, networks = ready()
         if unit.name == "mean":
             return {"soft_label": _images_themselves(stored, networks, section, session)}, {}
@@ -143,5 +147,5 @@ def _batch_statistics(networks: list) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, (training, tracking) in zip(layers, before):
+        for layer, (training, tracking) in zip(layers, before, strict=True):
             layer.training, layer.track_running_stats = training, tracking

@@ -5,7 +5,7 @@ import io
 import platform
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -14,19 +14,20 @@ from .recipe import Recipe, selected
 from .tables import Written
 
 
+if TYPE_CHECKING:
+    from .observers import Observers
+    from .source import RealSet
+
+
 FORMAT_VERSION = "1.0"
 _LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
 
 
-def _facts(recipe: Recipe, files: list[bytes], real: Any, observers: dict, control: str | None, published: str) -> dict:
+def facts(
+    recipe: Recipe, files: list[bytes], real: "RealSet", observers: "Observers", control: str | None, published: str
+) -> dict[str, Any]:
     """The manifest without what is known only of written files. Nothing in it varies from run to run."""
     section, source = recipe.relabel, recipe.source
-    stages = {"relabel": section.observers}
-    if recipe.initialize.kind in ("rded", "kmeans"):
-        stages["initialize"] = recipe.initialize.observers
-    if recipe.synthesize.iterations:
-        stages["synthesize"] = recipe.synthesize.observers
-    uses = {stage: selected(recipe, entries) for stage, entries in stages.items()}
     with Image.open(io.BytesIO(files[0])) as first:
         kind, size = first.format.lower(), first.size[0]
     soft = section.model_dump(exclude={"observers", "controls", "random_draws"})
@@ -47,12 +48,8 @@ def _facts(recipe: Recipe, files: list[bytes], real: Any, observers: dict, contr
             "fingerprint": real.fingerprint,
         },
         "observers": [
-            {
-                "name": name,
-                "roles": [s for s in uses if name in {f"{n}@{e}" if e else n for n, e in uses[s]}],
-                **known,
-            }
-            for name, known in observers.items()
+            {"name": f"{name}@{epoch}" if epoch else name, "roles": roles, **observers.facts(name, epoch)}
+            for (name, epoch), roles in _roles(recipe, control).items()
         ],
         "soft_labels": {
             "codec": "dense_float16",
@@ -70,17 +67,29 @@ def _facts(recipe: Recipe, files: list[bytes], real: Any, observers: dict, contr
     }
 
 
-def _manifest(facts: dict, part: Path, data: dict[str, tuple[Features, int, dict[str, int]]]) -> dict:
-    listed, configs = {}, {}
-    for config, (_, _, rows) in data.items():
-        digest = hashlib.sha256()
-        for name, count in rows.items():
-            path = part / config / name
+def _roles(recipe: Recipe, control: str | None) -> dict[tuple[str, int], list[str]]:
+    """Which stages of this set each observer (name, epoch) served."""
+    stages = {"relabel": recipe.relabel.observers}
+    if control != "random" and recipe.initialize.kind in ("rded", "kmeans"):
+        stages["initialize"] = recipe.initialize.observers
+    if control is None and recipe.synthesize.iterations:
+        stages["synthesize"] = recipe.synthesize.observers
+    roles: dict[tuple[str, int], list[str]] = {}
+    for stage, entries in stages.items():
+        for observer in selected(recipe, entries):
+            roles.setdefault(observer, []).append(stage)
+    return roles
+
+
+def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> dict[str, Any]:
+    """Adds the files of each configuration, with their hashes, and one hash a configuration."""
+    files, configs = {}, {}
+    for config, written in data.items():
+        for name, rows in written.rows.items():
+            path = folder / config / name
             with open(path, "rb") as file:
                 sha = hashlib.file_digest(file, "sha256").hexdigest()
-            listed[f"{config}/{name}"] = {"sha256": sha, "bytes": path.stat().st_size, "rows": count}
-            digest.update(f"{name} {sha}\n".encode())
-        configs[config] = digest.hexdigest()
-    return {**facts, "configs": configs, "files": listed}
-
-
+            files[f"{config}/{name}"] = {"sha256": sha, "bytes": path.stat().st_size, "rows": rows}
+        hashes = [file["sha256"] for path, file in files.items() if path.startswith(f"{config}/")]
+        configs[config] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    return {**known, "configs": configs, "files": files}

@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,8 +37,7 @@ class Observers:
         with self._session.store.open(self._units[name]) as file:
             state = {key: file.get_tensor(f"{epoch}/{key}") for key in network.module.state_dict()}
         network.module.load_state_dict(state)
-        network = network.requires_grad_(False).eval().to(self._session.device)
-        return network.to(memory_format=torch.channels_last) if self._session.device.type == "cuda" else network
+        return _ready(network, self._session)
 
     def facts(self, name: str, epoch: int) -> dict:
         """What a manifest says: arch, args, stem, mean, std, input_size, image_size, classes, source of the weights,
@@ -56,20 +57,20 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     those that do not fit, and for an observer in use whose accuracy on training images is below twice chance.
     """
     classes, sections = len(real.names), {net.name: net for net in given.observers.networks}
-    found = {name: weights.find(net.arch, net.weights) for name, net in sections.items() if net.weights}
-    units = {
-        name: Unit(STAGE, name, _fingerprint(given, net, real, found.get(name), session))
-        for name, net in sections.items()
-    }
+    found: dict[str, weights.Weights] = {}
+    units: dict[str, Unit] = {}
+    for name, net in sections.items():
+        with _naming(name):
+            if net.weights:
+                found[name] = weights.find(net.arch, net.weights)
+            units[name] = Unit(STAGE, name, _fingerprint(given, net, real, found.get(name), session))
 
     def start(name: str, seed: int) -> Network:
         net = sections[name]
-        try:
+        with _naming(name):
             network = _build(net, given.source, classes, seed)
             if name in found:
                 weights.load_into(network, found[name], new_head=net.train is not None)
-        except InputError as error:
-            raise InputError(f"observers.networks: {name}: {error}") from error
         return network
 
     @functools.cache
@@ -97,13 +98,36 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
         return tensors, facts
 
+    matched = dict(recipe.selected(given, given.synthesize.observers)) if given.synthesize.iterations else {}
     for unit in units.values():
         if not session.store.has(unit):
-            start(unit.name, 0)
+            network = start(unit.name, 0)
+            if unit.name in matched:
+                networks.refuse_for_matching(network)
     run(list(units.values()), make, session, seed=given.observers.seed, label="observers")
     observers = Observers(given, units, classes, session)
     _report(given, observers, session)
     return observers
+
+
+def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
+    """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
+    with _naming(net.name):
+        return _ready(_build(net, given.source, classes, seed=0), session)
+
+
+def _ready(network: Network, session: Session) -> Network:
+    network = network.requires_grad_(False).eval().to(session.device)
+    return network.to(memory_format=torch.channels_last) if session.device.type == "cuda" else network
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which observer an error is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"observers.networks: {name}: {error}") from error
 
 
 def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
@@ -156,9 +180,9 @@ def _train(
     goes on to the same bits.
     """
     section, module = net.train, network.module
-    rows, last = real.rows(), 0
-    if len(rows) % section.batch == 1 and len(rows) > 1:
-        last = 1  # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
+    rows = real.rows()
+    # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
+    last = int(len(rows) > 1 and len(rows) % section.batch == 1)
     steps = math.ceil((len(rows) - last) / section.batch)
     optimizer = torch.optim.SGD(
         module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
@@ -180,9 +204,9 @@ def _train(
             batches = real.batches(order[done * section.batch :], section.batch, view=_view(section, view_seed))
             for step, (images, labels, _) in enumerate(batches, epoch * steps + done):
                 torch.manual_seed(step_seed + step)
-                optimizer.param_groups[0]["lr"] = section.lr * _schedule(
-                    section.schedule, step, section.epochs * steps
-                )
+                if section.schedule == "cosine":
+                    part = step / (section.epochs * steps)
+                    optimizer.param_groups[0]["lr"] = section.lr * (1 + math.cos(math.pi * part)) / 2
                 x = images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
                 with session.autocast():
                     loss = F.cross_entropy(network(x), labels.to(session.device))
@@ -197,10 +221,6 @@ def _train(
                     kept[epoch + 1] = _copy(network)
                 progress.save(functools.partial(_state, step + 1, network, optimizer, scaler, kept))
     return kept
-
-
-def _schedule(kind: str, step: int, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / steps)) if kind == "cosine" else 1.0
 
 
 def _view(section: recipe.Train, seed: int) -> View | None:
@@ -261,9 +281,10 @@ def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session
 
 def _report(given: recipe.Recipe, observers: Observers, session: Session) -> None:
     """Prints the accuracy of every observer in use and refuses those that see next to nothing."""
-    stages = (given.initialize.observers, given.synthesize.observers, given.relabel.observers)
-    used = dict.fromkeys(entry for stage in stages for entry in recipe.selected(given, stage))
-    for name, epoch in used:
+    stages = [given.relabel.observers]
+    stages += [given.synthesize.observers] if given.synthesize.iterations else []
+    stages += [given.initialize.observers] if given.initialize.kind in ("rded", "kmeans") else []
+    for name, epoch in dict.fromkeys(entry for stage in stages for entry in recipe.selected(given, stage)):
         facts = observers.facts(name, epoch)
         accuracy, classes = facts["accuracy"], facts["classes"]
         label = f"{name}@{epoch}" if epoch else name

@@ -46,6 +46,11 @@ def _splitmix(state: np.ndarray) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
+def to_float(images: Tensor, device: torch.device) -> Tensor:
+    """uint8 to float32 in [0, 1] on `device`."""
+    return images.to(device).float().div_(255)
+
+
 def decode(data: bytes | None, path: str | None) -> PIL.Image.Image:
     """An RGB image from encoded bytes, or from the file they are in (local or remote).
 
@@ -70,10 +75,12 @@ def decode(data: bytes | None, path: str | None) -> PIL.Image.Image:
 def square(image: PIL.Image.Image, size: int, resize: str) -> np.ndarray:
     """uint8 (size, size, 3): squashed, or the shorter side resized and the centre kept; bilinear, antialiased."""
     width, height = image.size
+    if resize == "squash":
+        return np.asarray(image.resize((size, size), PIL.Image.Resampling.BILINEAR))
     side = min(width, height)
     left, top = round((width - side) / 2), round((height - side) / 2)
-    box = (0, 0, width, height) if resize == "squash" else (left, top, left + side, top + side)
-    return _resized(image, size, box)
+    box = (left, top, left + side, top + side)
+    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box))
 
 
 def crop(
@@ -86,7 +93,9 @@ def crop(
     flip: bool = False,
 ) -> np.ndarray:
     """RandomResizedCrop, uint8 (size, size, 3), from CROP_DRAWS numbers in [0, 1): torchvision's way to a box."""
-    pixels = _resized(image, size, crop_box(*image.size, draws, area, ratio))
+    box = crop_box(*image.size, draws, area, ratio)
+    # not resize(box=...): that mixes in pixels from beyond the crop
+    pixels = np.asarray(image.crop(box).resize((size, size), PIL.Image.Resampling.BILINEAR))
     return pixels[:, ::-1] if flip and draws[22] < 0.5 else pixels
 
 
@@ -113,12 +122,6 @@ def crop_box(
         w = round(height * ratio[1])
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-def _resized(image: PIL.Image.Image, size: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    if (box[2] - box[0], box[3] - box[1]) == (size, size):
-        return np.asarray(image)[box[1] : box[3], box[0] : box[2]]
-    return np.asarray(image.resize((size, size), PIL.Image.Resampling.BILINEAR, box=box))
 
 
 def pad_crop(images: Tensor, draws: np.ndarray, pad: int, flip: bool) -> Tensor:

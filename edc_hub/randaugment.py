@@ -191,7 +191,8 @@ def sample(count: int, operations: int, magnitude: int, generator: torch.Generat
 def apply(images: Tensor, augment: Tensor) -> Tensor:
     """Applies each image's operations, in order.
 
-    Args: images uint8 (B, 3, s, s) on any device; augment as drawn by `sample`, on the CPU. Returns uint8 (B, 3, s, s).
+    Args: images uint8 (B, 3, s, s) on any device; augment as drawn by `sample`, on the CPU.
+    Returns uint8 (B, 3, s, s).
     """
     images = images.clone()
     for slot in augment.long().split(2, dim=1):

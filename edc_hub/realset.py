@@ -171,7 +171,8 @@ class RealSet:
     def preload(self) -> None:
         """Decodes a set that fits in memory now, so that a broken image is found before any long work."""
         if len(self._known):
-            self.images(self.rows())
+            for _ in self.batches(self.rows(), PART):
+                pass
 
     def keep(self, rows: Tensor) -> None:
         """Makes these rows of a stream readable in any order: one pass copies their encoded bytes to a file.
@@ -202,7 +203,10 @@ class RealSet:
             self.keep(torch.from_numpy(order))
 
     def _has(self, rows: np.ndarray) -> bool:
-        return self._kept is not None and bool(np.isin(rows, self._kept[0]).all())
+        if self._kept is None:
+            return False
+        kept = self._kept[0]
+        return bool((kept[np.searchsorted(kept, rows).clip(max=len(kept) - 1)] == rows).all())
 
     def _read(self, rows: np.ndarray) -> list[Encoded]:
         if self._has(rows):

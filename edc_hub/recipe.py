@@ -6,25 +6,18 @@ text names the table. Nothing here imports torch: a wrong recipe is refused with
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-
-def _ascending(area: list[float]) -> list[float]:
-    if area[0] > area[1]:
-        raise ValueError(f"the smallest area comes first; write [{area[1]:g}, {area[0]:g}]")
-    return area
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 Positive = Annotated[int, Field(ge=1)]
+Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
 Count = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
-Area = Annotated[
-    list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
-]
+Area = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -37,9 +30,7 @@ class Section(BaseModel):
 class Source(Section):
     """The real image-classification set."""
 
-    path: str = Field(
-        "sklearn/digits", description="what load_dataset takes (Hub id, local folder), or sklearn/digits"
-    )
+    path: str = Field("sklearn/digits", description="what load_dataset takes: a Hub id, a folder; or sklearn/digits")
     name: str | None = Field(None, description="configuration of the set")
     revision: str | None = Field(None, description="branch, tag or commit of a Hub set")
     image_column: str | None = Field(None, description="image column; found by its feature when not given")
@@ -224,7 +215,7 @@ class Relabel(Section):
     """Soft labels: the observers' mean logits of many views of each published image."""
 
     observers: list[str] | None = Field(None, description="networks whose logits are averaged")
-    epochs: Positive = Field(1000, description="label epochs: views of each image")
+    epochs: Numbered = Field(1000, description="label epochs: views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
     observer_mode: Literal["running", "batch"] = Field("running", description="statistics that BatchNorm uses")
     view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
@@ -273,7 +264,7 @@ class Recipe(Section):
 
     name: Name = Field("digits", description="short name of the data set; picks the method's block and names the run")
     method: str = Field("edc", description="a file of recipes/methods")
-    ipc: Positive = Field(10, description="images per class")
+    ipc: Numbered = Field(10, description="images per class")
     seed: Count = Field(0, description="seed of the set")
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="arithmetic of the networks on an accelerator; moments are always float32"
@@ -290,21 +281,6 @@ class Recipe(Section):
     relabel: Relabel = Field(Relabel(), description="soft labels")
     images: Images = Field(Images(), description="encoding of the images")
     evaluation: Evaluation = Field(Evaluation(), description="protocol of the students")
-
-    @model_validator(mode="after")
-    def _observer_names(self):
-        known = {net.name: net for net in self.observers.networks}
-        for section in ("initialize", "synthesize", "relabel"):
-            for entry in getattr(self, section).observers or []:
-                name, _, epoch = entry.partition("@")
-                if name not in known:
-                    there = ", ".join(known) or "none"
-                    raise ValueError(f"{section}.observers: no observer '{name}'; there are: {there}; or null for all")
-                kept = snapshots(known[name])
-                if epoch and (not epoch.isdecimal() or int(epoch) not in kept):
-                    given = ", ".join(map(str, kept)) or "none: its weights are loaded"
-                    raise ValueError(f"{section}.observers: {entry} was not kept; snapshots of {name}: {given}")
-        return self
 
 
 def snapshots(network: Network) -> list[int]:

@@ -52,9 +52,7 @@ def parse(argv: list[str] | None, prog: str) -> Parsed:
     if len(named) != 1:
         got = f"got {len(named)}: {' '.join(named)}" if named else "none given"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
-    recipe = resolve(load(find(named[0])), overrides)
-    validate(recipe)
-    return Parsed(recipe, **flags)
+    return Parsed(resolve(load(find(named[0])), overrides), **flags)
 
 
 def usage(prog: str) -> str:
@@ -63,8 +61,8 @@ def usage(prog: str) -> str:
     head = (
         f"usage: edc-hub {prog} RECIPE [--section.key value ...]\n\n"
         f"RECIPE is a YAML file or one of: {_listing()}\n"
-        f"Values are YAML: 2e-5, true, null, [0.5, 1.0], '[{{name: a, arch: resnet18}}]'; a list replaces the whole list.\n"
-        f"Defaults below stand under the method's and the recipe's values; --print_recipe shows what a run would use.\n\n"
+        f"A value is YAML: 2e-5, true, null, [0.5, 1.0], '[{{name: a, arch: resnet18}}]'; a list replaces the whole.\n"
+        f"Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use.\n\n"
         f"{flags}\n"
     )
     return "\n".join([head, *keys.help_lines()])
@@ -95,9 +93,10 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, Any], dict[str, bool]]
                 raise InputError(f"--{path}: expected true or false, got '{text}'; write --{path}")
             flags[path] = text == "true"
             continue
-        value = read(text, f"--{path}")
-        if path in known and not isinstance(value, (str, type(None))) and _is_text(known[path]):
-            value = text  # a revision 12e45 or a folder 2024 is text whatever YAML takes it for
+        if path in known and keys.describe(known[path].field.annotation) in ("text", "text or null"):
+            value = None if text == "null" else text  # a revision 12e45 or a folder 2024, whatever YAML takes it for
+        else:
+            value = read(text, f"--{path}")
         *above, last = path.split(".")
         place = overrides
         for name in above:
@@ -105,10 +104,6 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, Any], dict[str, bool]]
             place = place[name]
         place[last] = value
     return named, overrides, flags
-
-
-def _is_text(key: keys.Key) -> bool:
-    return keys.describe(key.field.annotation, key.field.metadata) in ("text", "text or null")
 
 
 # Files
@@ -209,22 +204,28 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
     """The recipe of a file's keys and values and of overrides (nested like the file). InputError on anything wrong."""
     overrides = overrides or {}
     given = dict(given)
-    if given.pop("resolved", False):
+    resolved = given.pop("resolved", False)
+    if not isinstance(resolved, bool):
+        raise InputError(
+            f"resolved: expected true or false, got {resolved!r}; write true only in what --print_recipe gave"
+        )
+    if resolved:
         if "method" in overrides:
-            raise InputError(
-                "method: this recipe is resolved, its method's values are in it; start from the recipe it came from"
-            )
+            raise InputError("method: this recipe is resolved, with its method's values; start from an unresolved one")
         layers = [given, overrides]
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
-        layers = [*blocks(top["method"], top["name"], top["ipc"]), given, overrides]
+        method = blocks(top["method"], top["name"], top["ipc"]) if isinstance(top["method"], str) else []
+        layers = [*method, given, overrides]
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge(merged, layer, Recipe)
     try:
-        return Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise InputError(keys.complaint(error)) from error
+    validate(recipe)
+    return recipe
 
 
 def methods() -> list[str]:
@@ -234,7 +235,7 @@ def methods() -> list[str]:
 def blocks(method: str, name: str, ipc: int) -> list[dict[str, Any]]:
     """What a method sets for a data set and an IPC, weakest first."""
     if method not in methods():
-        near = difflib.get_close_matches(str(method), methods(), 1)
+        near = difflib.get_close_matches(method, methods(), 1)
         hint = f"did you mean '{near[0]}'? There are" if near else "there are"
         raise InputError(f"method: no method {method!r}; {hint}: {', '.join(methods())}")
     content = load(ROOT / "methods" / f"{method}.yaml")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from .errors import InputError
-from .recipe import Recipe
+from .recipe import Recipe, snapshots
 
 
 _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
@@ -12,7 +12,7 @@ _INT16 = 2**15 - 1  # epoch and ipc_index are int16 in a condensed set
 
 def validate(recipe: Recipe) -> None:
     """Raises InputError with the first combination of keys that cannot work. Looks at nothing but the recipe."""
-    for rules in (_source, _observers, _initialize, _synthesize, _relabel):
+    for rules in (_source, _areas, _observers, _initialize, _synthesize, _relabel):
         for problem in rules(recipe):
             raise InputError(problem)
 
@@ -34,6 +34,17 @@ def _source(recipe: Recipe) -> Iterator[str]:
         )
 
 
+def _areas(recipe: Recipe) -> Iterator[str]:
+    for section in ("moments", "initialize", "synthesize", "relabel"):
+        low, high = getattr(recipe, section).crop_area
+        if low > high:
+            yield f"{section}.crop_area: the smallest area comes first; write [{high:g}, {low:g}]"
+    for net in recipe.observers.networks:
+        low, high = net.train.crop_area if net.train else (0, 1)
+        if low > high:
+            yield f"observers.train.crop_area: the smallest area comes first; write [{high:g}, {low:g}] for {net.name}"
+
+
 def _observers(recipe: Recipe) -> Iterator[str]:
     networks = recipe.observers.networks
     if not networks:
@@ -46,9 +57,20 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         )
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
+    known = {net.name: snapshots(net) for net in networks}
     for section, used in users.items():
-        if used and getattr(recipe, section).observers == []:
+        entries = getattr(recipe, section).observers
+        if used and entries == []:
             yield f"{section}.observers: an empty list, but it needs one; name an observer or write null for all"
+        for entry in entries or []:
+            name, at, epoch = entry.partition("@")
+            if name not in known:
+                yield f"{section}.observers: no observer '{name}'; there are: {', '.join(known)}; or null for all"
+            elif at and not known[name]:
+                yield f"{section}.observers: {entry}: {name} is loaded, not trained here; write {name}"
+            elif at and epoch not in map(str, known[name]):
+                kept = ", ".join(f"{name}@{epoch}" for epoch in known[name])
+                yield f"{section}.observers: {entry} was not kept; write one of: {kept}, or add it to snapshots"
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:
@@ -63,10 +85,11 @@ def _initialize(recipe: Recipe) -> Iterator[str]:
     wanted = recipe.ipc * start.factor**2
     drawn = _EDC_CROPS if start.variant == "edc" else start.images_per_class
     if start.kind == "rded" and wanted > drawn:
-        remedy = (
-            "use variant: rded" if start.variant == "edc" else f"write initialize.images_per_class {wanted} or more"
-        )
-        yield f"ipc: {recipe.ipc} images of {start.factor}x{start.factor} tiles need {wanted} crops of {drawn}; {remedy}"
+        remedy = "write variant: rded" if start.variant == "edc" else f"raise images_per_class to {wanted}"
+        asked = f"ipc {recipe.ipc} at factor {start.factor}"
+        yield f"initialize: {asked} needs {wanted} crops a class, got {drawn}; {remedy}"
+    if start.kind == "kmeans" and len(start.observers or [0]) > 1:
+        yield f"initialize.observers: kmeans uses the features of one observer; write [{start.observers[0]}]"
     if start.kind == "kmeans" and recipe.ipc > start.images_per_class:
         yield (
             f"initialize.images_per_class: {start.images_per_class} images cannot give {recipe.ipc} centres; "
@@ -93,4 +116,4 @@ def _relabel(recipe: Recipe) -> Iterator[str]:
     if section.batch == 1 and section.observer_mode == "batch":
         yield "relabel.batch: observer_mode batch needs statistics of a batch, got 1; write 2 or more"
     if section.shuffle and size % section.shuffle:
-        yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of source.size, or 0"
+        yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of it, or 0"

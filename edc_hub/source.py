@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import os
 import re
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,7 +181,7 @@ def _reading(section: recipe.Source) -> Iterator[None]:
         ) from error
     except ValueError as error:
         if "onfig" in str(error) and ("not found" in str(error) or "missing" in str(error)):
-            raise InputError(f"source.name: {' '.join(str(error).split())}") from error
+            raise InputError(f"source.name: {_line(error)}") from error
         raise InputError(f"source.path: load_dataset cannot read {section.path}: {_line(error)}") from error
     except Exception as error:  # any reader of any format
         reason = _line(error) + (f" ({_line(error.__cause__)})" if error.__cause__ else "")
@@ -190,7 +191,8 @@ def _reading(section: recipe.Source) -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    """What an error says, as one line of bearable length."""
+    return textwrap.shorten(str(error), 240, placeholder=" …").rstrip(".") or type(error).__name__
 
 
 def _columns(section: recipe.Source, features: datasets.Features) -> tuple[str, str]:
@@ -270,6 +272,8 @@ def _chosen(
 
 def _folder(path: str) -> Path | None:
     """The local folder that `path` means, or None for a Hub id."""
+    if path.strip() in ("", "imagefolder", "parquet", "arrow", "webdataset"):  # load_dataset would take what lies here
+        raise InputError(f"source.path: '{path}' names no set; give a Hub id, a local folder or sklearn/digits")
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()

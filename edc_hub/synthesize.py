@@ -1,7 +1,8 @@
 """Synthesis: the initial images are optimised until the observers' statistics of them are those of the real set.
 
-EDC section 3.2, Eq. 5. The optimised tensor `z` lives in the source's normalised space, so learning rates are in units
-of the source's std, as in every paper of the family; networks see `x = z * std + mean` in [0, 1].
+EDC section 3.2: Eq. 5 for the statistics, Eq. 7 for flatness. The optimised tensor `z` lives in the source's
+normalised space, so learning rates are in units of the source's std, as in every paper of the family; networks see
+`x = z * std + mean` in [0, 1].
 """
 
 import math

@@ -17,6 +17,7 @@ from .labels import Labels
 
 
 SHARD_BYTES = 500_000_000
+ROWS = 2000  # fewer rows a group and the group's own headers outweigh them
 
 
 class Written(NamedTuple):
@@ -27,10 +28,9 @@ class Written(NamedTuple):
     rows: dict[str, int]
 
 
-def _image_rows(files: list[bytes], source_rows: Tensor, labels: Labels, names: list[str]) -> Iterator[tuple]:
+def image_rows(files: list[bytes], source_rows: Tensor, soft: Tensor, names: list[str]) -> Iterator[tuple]:
     """Row groups of `images` with their features; a group is at most a fifth of a shard."""
     ipc = len(files) // len(names)
-    soft = labels.mean
     features = Features(
         {
             "image": Image(),
@@ -44,26 +44,28 @@ def _image_rows(files: list[bytes], source_rows: Tensor, labels: Labels, names: 
     step = max(1, SHARD_BYTES // 5 // max(map(len, files)))
     for start in range(0, len(files), step):
         ids = torch.arange(start, min(start + step, len(files)))
-        yield (
-            features,
-            {
-                "image": pa.array([{"bytes": files[i], "path": None} for i in ids.tolist()], features["image"].pa_type),
-                "label": _array(ids // ipc),
-                "image_id": _array(ids.int()),
-                "ipc_index": _array((ids % ipc).short()),
-                "source_rows": pa.array(
-                    [[row for row in rows if row >= 0] for rows in source_rows[ids].tolist()], pa.list_(pa.int32())
-                ),
-                "soft_label": _array(soft[ids]),
-            },
-        )
+        stored = [{"bytes": files[i], "path": None} for i in ids.tolist()]
+        rows = [[row for row in tiles if row >= 0] for tiles in source_rows[ids].tolist()]
+        columns = {
+            "image": pa.array(stored, features["image"].pa_type),
+            "label": _array(ids // ipc),
+            "image_id": _array(ids.int()),
+            "ipc_index": _array((ids % ipc).short()),
+            "source_rows": pa.array(rows, pa.list_(pa.int32())),
+            "soft_label": _array(soft[ids]),
+        }
+        yield features, columns
 
 
-def _label_rows(labels: Labels) -> Iterator[tuple]:
-    """Row groups of `soft_labels` with their features: one label epoch each."""
-    for epoch in range(labels.epochs):
-        table, soft = labels.epoch(epoch)
-        columns = {**table, "soft_label": soft}
+def label_rows(labels: Labels) -> Iterator[tuple]:
+    """Row groups of `soft_labels` with their features: a label epoch each, or as many as make ROWS rows."""
+    step = max(1, ROWS // len(labels.mean))
+    for start in range(0, labels.epochs, step):
+        parts = []
+        for epoch in range(start, min(start + step, labels.epochs)):
+            table, soft = labels.epoch(epoch)
+            parts.append({**table, "soft_label": soft})
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         features = Features({name: _feature(column) for name, column in columns.items()})
         yield features, {name: _array(column) for name, column in columns.items()}
 
@@ -78,34 +80,34 @@ def _array(column: Tensor) -> pa.Array:
     return flat if column.dim() == 1 else pa.FixedSizeListArray.from_arrays(flat, column.shape[1])
 
 
-def _write_shards(folder: Path, groups: Iterator[tuple]) -> tuple[Features, int, dict[str, int]]:
-    """Writes row groups as parquet files of about SHARD_BYTES: features, bytes in memory, and rows of each file."""
-    shards: list[Path] = []
-    rows, memory, writer, features = [], 0, None, None
+def write(folder: Path, groups: Iterator[tuple[Features, dict[str, pa.Array]]]) -> Written:
+    """Writes row groups to `train-*.parquet` files of at most about SHARD_BYTES in `folder`."""
     folder.mkdir(parents=True)
+    rows, memory, filled, writer, features = [], 0, 0, None, None
     for features, columns in groups:
         table = pa.table(columns, schema=features.arrow_schema)
-        memory += table.nbytes
-        if writer is None or shards[-1].stat().st_size + table.nbytes > SHARD_BYTES:
+        if writer is None or filled + table.nbytes > SHARD_BYTES:
             if writer is not None:
                 writer.close()
-            shards.append(folder / str(len(shards)))
+            # the number of shards is known at the end, and only then the names
+            writer = pq.ParquetWriter(folder / str(len(rows)), table.schema, compression="zstd", write_page_index=True)
             rows.append(0)
-            writer = pq.ParquetWriter(shards[-1], table.schema, compression="zstd", write_page_index=True)
+            filled = 0
         writer.write_table(table, row_group_size=len(table))
         rows[-1] += len(table)
+        filled += table.nbytes
+        memory += table.nbytes
     writer.close()
-    names = [f"train-{i:05d}-of-{len(shards):05d}.parquet" for i in range(len(shards))]
-    for shard, name in zip(shards, names):
-        shard.rename(folder / name)
-    return features, memory, dict(zip(names, rows))
+    names = [f"train-{i:05d}-of-{len(rows):05d}.parquet" for i in range(len(rows))]
+    for i, name in enumerate(names):
+        (folder / str(i)).rename(folder / name)
+    return Written(features, memory, dict(zip(names, rows, strict=True)))
 
 
-def _tensor(column: pa.ChunkedArray) -> Tensor:
+def tensor(column: pa.ChunkedArray) -> Tensor:
+    """A column of numbers, or of lists of one length, as a tensor."""
     array = column.combine_chunks()
     if pa.types.is_fixed_size_list(array.type):
         flat = array.flatten().to_numpy(zero_copy_only=False)
         return torch.from_numpy(flat.copy()).view(len(array), -1)
     return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
-
-

@@ -8,12 +8,13 @@ backward is written out; it adds to the gradient that the layer has just made an
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .errors import InputError
 from .networks import Network
@@ -23,6 +24,7 @@ Kind = Literal["bn", "conv", "patch"]
 KINDS: tuple[Kind, ...] = ("bn", "conv", "patch")
 CHUNK = 1 << 19  # numbers of a tensor that are worked on together: 2 MiB, the level-2 caches of two cores
 SMALL = 64  # positions up to which a shift is spread over them beforehand: short inner loops are slow
+TINY = 32  # positions up to which a matrix product sums them faster than a reduction
 
 
 class Segment(NamedTuple):
@@ -73,23 +75,16 @@ class Taps:
         logits = network(x)
     first, second = taps.collect()
 
-    The network must be in eval mode. `layers` picks what is measured: the channels of BatchNorm2d inputs, of Conv2d
-    inputs, the tiles of Conv2d inputs. Raises InputError if the network has nothing of the kind.
+    The network must be in eval mode. `layers` picks what is measured: channels of BatchNorm2d inputs, channels of
+    Conv2d inputs, tiles of Conv2d inputs (`patch` a side). Raises InputError if the network has nothing of the kind.
     """
 
     def __init__(self, network: Network, *, patch: int, layers: Sequence[Kind] = KINDS):
-        self._module = network.module
-        self._layers = _probe(network, patch, layers)
-        parts = []
-        for layer in self._layers.values():
-            parts += [(layer.name, layer.kind, layer.channels)] * layer.channel_asked
-            parts += [(layer.name, "patch", layer.tiles)] * layer.patch_asked
-        if not parts:
-            raise InputError(
-                f"synthesize.layers: {network.facts['arch']} has no input of the kinds {', '.join(layers)}; add others"
-            )
-        self.layout = Layout.of(parts)
-        self._handles: list[Any] = []
+        self._sites = _probe(network, patch, layers)
+        self.layout = Layout.of(part for site in self._sites.values() for part in site.parts)
+        if not self.layout.segments:
+            arch = network.facts["arch"]
+            raise InputError(f"synthesize.layers: {arch} has no {' or '.join(layers)} input to match; add another kind")
         self.shift = torch.zeros(self.layout.size, device=network.mean.device)
 
     @property
@@ -99,19 +94,217 @@ class Taps:
 
     @shift.setter
     def shift(self, shift: Tensor) -> None:
-        self._shift = shift
-        asked = {(s.name, s.kind): shift[s.start : s.start + s.length] for s in self.layout.segments}
-        for layer in self._layers.values():
-            layer.set_shift(asked.get((layer.name, layer.kind)), asked.get((layer.name, "patch")))
+        self._shift, start = shift, 0
+        for site in self._sites.values():
+            columns = sum(length for _, _, length in site.parts)
+            site.set_shift(shift[start : start + columns])
+            start += columns
 
     def __enter__(self) -> "Taps":
-        self._fed: list[tuple[weakref.ref, tuple[Tensor, Tensor]]] = []
-        self._handles = [module.register_forward_pre_hook(self._tap) for module in self._layers]
+        self._seen: dict[int, tuple[weakref.ref, _Site, tuple[Tensor, Tensor]]] = {}
+        self._moments: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._handles = [module.register_forward_pre_hook(self._tap) for module in self._sites]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _tap(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        layer, h = self._layers[module], inputs[0]
+    def _tap(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        site, h = self._sites[module], inputs[0]
+        seen = self._seen.get(id(h))
+        if seen and seen[0]() is h and site.same(seen[1]):  # conv1 and the shortcut of a residual block
+            self._moments[module] = seen[2]
+            return None
+        out = None
+        if torch.is_grad_enabled():
+            through, *moments = _Tap.apply(h, site)
+            out = (through, *inputs[1:])
+        else:
+            moments = site.measure(h)
+        self._moments[module] = first, second = tuple(moments)
+        self._seen[id(h)] = weakref.ref(h), site, (first, second)
+        return out
+
+    def collect(self) -> tuple[Tensor, Tensor]:
+        """Moments of the images of the last forward, about `shift` s: E[h - s] and E[(h - s)^2], float32 (B, F)."""
+        moments = [self._moments[module] for module in self._sites]
+        self._moments, self._seen = {}, {}
+        return torch.cat([first for first, _ in moments], 1), torch.cat([second for _, second in moments], 1)
+
+
+def _probe(network: Network, patch: int, layers: Sequence[Kind]) -> dict[nn.Module, "_Site"]:
+    """Sites in the order of `named_modules`, from the shapes that one image meets."""
+    shapes: dict[nn.Module, torch.Size] = {}
+    watched = [m for m in network.module.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
+    handles = [m.register_forward_pre_hook(lambda m, inputs: shapes.update({m: inputs[0].shape})) for m in watched]
+    size = network.facts["input_size"] or network.facts["image_size"]
+    try:
+        with torch.no_grad():
+            network(network.mean.expand(1, 3, size, size))
+    finally:
+        for handle in handles:
+            handle.remove()
+    sites = {m: _Site(m, name, shapes[m], patch, layers) for name, m in network.module.named_modules() if m in shapes}
+    return {module: site for module, site in sites.items() if site.parts}
+
+
+class _Site:
+    """One hooked input (B, D, H, W): its geometry, its shift, its sums and their pull-back."""
+
+    def __init__(self, module: nn.Module, name: str, shape: torch.Size, side: int, layers: Sequence[Kind]):
+        _, self.channels, height, width = shape
+        kind: Kind = "bn" if isinstance(module, nn.BatchNorm2d) else "conv"
+        self.kind, self.side, self.size, self.positions = kind, side, (height, width), height * width
+        self.channel, self.patch = kind in layers, kind == "conv" and "patch" in layers
+        self.grid = -(-height // side), -(-width // side)
+        self.extent = self.grid[0] * side, self.grid[1] * side  # after the enlargement to whole tiles
+        self.aligned = self.extent == self.size
+        self.tiles = self.grid[0] * self.grid[1]
+        # A layer of another class may hand its output's gradient on as its input's: that one is not ours to change.
+        self.sole = type(module).forward in (nn.Conv2d.forward, nn.BatchNorm2d.forward)
+        self.parts: list[tuple[str, Kind, int]] = [(name, kind, self.channels)] * self.channel
+        self.parts += [(name, "patch", self.tiles)] * self.patch
+
+    def set_shift(self, shift: Tensor) -> None:
+        """`shift` (f,), as `parts` order it."""
+        self.shift, columns = shift, self.channels * self.channel
+        self.tile_shift = shift[columns:]
+        # Where channels are not asked for, any shift of theirs will do: it cancels.
+        channels = shift[:columns] if self.channel else self.tile_shift.mean().expand(self.channels)
+        self.about = channels[:, None, None]
+        if self.positions <= SMALL:
+            self.about = self.about.expand(-1, *self.size).contiguous()
+        centre = channels.mean()
+        self.spread = channels - centre
+        self.from_centre = self.tile_shift - centre
+        self.weights = torch.stack([torch.ones_like(self.spread), self.spread])
+
+    def same(self, other: "_Site") -> bool:
+        """Whether the other site's moments of a tensor are this one's."""
+        return self.kind == other.kind and torch.equal(self.shift, other.shift)
+
+    def measure(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second moments (B, f) of h (B, D, H, W) about the shift, one pass over h.
+
+        Of a tile they are taken about the channels' shifts c_d first, and moved to the tile's k afterwards:
+        sum (h - k)^2 = sum (h - c_d)^2 + 2 (c_d - k) (h - c_d) + (c_d - k)^2.
+        """
+        images, step = len(h), self._step(h)
+        buffer = torch.empty_like(h[:step], dtype=torch.float32)
+        rows = torch.empty(2, images, self.channels, device=h.device)
+        sums = torch.empty(images, 2, self.extent[0] * self.extent[1], device=h.device)
+        squares = torch.empty(images, self.extent[0] * self.extent[1], device=h.device)
+        for start in range(0, images, step):
+            part = slice(start, start + step)
+            e = torch.sub(h[part], self.about, out=buffer[: images - start])
+            if self.channel:
+                self._sum_positions(e, rows[0, part])
+            if self.patch:
+                wide = e if self.aligned else F.interpolate(e, self.extent, mode="bilinear")
+                torch.matmul(self.weights, wide.flatten(2), out=sums[part])
+            if self.patch and not self.aligned:
+                torch.sum(wide.square_().flatten(2), 1, out=squares[part])
+            e.square_()
+            if self.channel:
+                self._sum_positions(e, rows[1, part])
+            if self.patch and self.aligned:
+                torch.sum(e.flatten(2), 1, out=squares[part])
+        first, second = rows / self.positions
+        if not self.patch:
+            return first, second
+        sums = F.avg_pool2d(sums.view(images, 2, *self.extent), self.side).flatten(2) / self.channels
+        squares = F.avg_pool2d(squares.view(images, 1, *self.extent), self.side).flatten(1) / self.channels
+        tile = sums[:, 0] + (self.spread.mean() - self.from_centre)
+        apart = self.spread.square().mean() - 2 * self.spread.mean() * self.from_centre + self.from_centre.square()
+        squares = squares + 2 * (sums[:, 1] - self.from_centre * sums[:, 0]) + apart
+        if not self.channel:
+            return tile, squares
+        return torch.cat([first, tile], 1), torch.cat([second, squares], 1)
+
+    def _step(self, h: Tensor) -> int:
+        """Images that are worked on together."""
+        return max(1, CHUNK // h[0].numel()) if h.device.type == "cpu" else len(h)
+
+    def _sum_positions(self, e: Tensor, out: Tensor) -> None:
+        if self.positions <= TINY:
+            torch.matmul(e.flatten(2), e.new_ones(self.positions), out=out)
+        else:
+            torch.sum(e, (2, 3), out=out)
+
+    def pull_back(self, grad: Tensor, h: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """Adds to `grad` (B, D, H, W), in place, what the gradients (B, f) of both moments give for h.
+
+        That is h * slope + offset. A gradient that all images share (as of a mean over the block) comes with stride
+        0: slope and offset are then maps for one image.
+        """
+        if first.stride(0) == second.stride(0) == 0:
+            first, second = first[:1], second[:1]
+        columns = self.channels * self.channel
+        slope, offset = second[:, :columns] * (2 / self.positions), first[:, :columns] / self.positions
+        offset = offset - slope * self.shift[:columns]
+        channel = [t[:, :, None, None] for t in (slope, offset)]
+        scale = 1 / (self.side**2 * self.channels)
+        slope, offset = second[:, columns:] * (2 * scale), first[:, columns:] * scale
+        offset = offset - slope * self.tile_shift
+        tile = [self._spread_tiles(t) for t in (slope, offset)] if self.patch else []
+        if self.patch and not self.aligned:
+            self._pull_back_tiles(grad, h, *tile)
+            tile = []
+        if self.channel or tile:
+            self._add(grad, h, channel if self.channel else [], tile)
+        return grad
+
+    def _spread_tiles(self, values: Tensor) -> Tensor:
+        """(b, P) to maps (b, 1, H, W)."""
+        maps = values.view(-1, 1, self.grid[0], 1, self.grid[1], 1)
+        return maps.expand(-1, -1, -1, self.side, -1, self.side).reshape(-1, 1, *self.extent)
+
+    def _add(self, grad: Tensor, h: Tensor, channel: list[Tensor], tile: list[Tensor]) -> None:
+        """grad += h * slope + offset, where slope and offset are the sums of a channel's and a tile's."""
+        images, step = len(h), self._step(h)
+        maps = [c + t for c, t in zip(channel, tile, strict=True)] if channel and tile and len(tile[0]) == 1 else None
+        if channel and tile and maps is None:
+            buffer = torch.empty_like(h[:step], dtype=torch.float32)
+        for start in range(0, images, step):
+            part = slice(start, start + step)
+            g, x = grad[part], h[part]
+            if maps:
+                slope, offset = maps
+            elif not (channel and tile):
+                slope, offset = (t if len(t) == 1 else t[part] for t in channel or tile)
+            else:
+                slope = torch.add(channel[0][part], tile[0][part], out=buffer[: len(x)])
+            if g.dtype != torch.float32:
+                raise NotImplementedError
+            g.addcmul_(x, slope)
+            if channel and tile and not maps:
+                offset = torch.add(channel[1][part], tile[1][part], out=buffer[: len(x)])
+            g.add_(offset)
+
+    def _pull_back_tiles(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor) -> None:
+        """The same through the enlargement to whole tiles."""
+        images, step = len(h), self._step(h)
+        for start in range(0, images, step):
+            part = slice(start, start + step)
+            wide = F.interpolate(h[part].float(), self.extent, mode="bilinear")
+            a, b = (t if len(t) == 1 else t[part] for t in (slope, offset))
+            extra = torch.addcmul(b, wide, a)
+            shape = h[part].shape
+            grad[part] += torch.ops.aten.upsample_bilinear2d_backward(extra, self.extent, shape, False, None, None)
+
+
+class _Tap(torch.autograd.Function):
+    """The identity on h, which also gives its moments."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, site: _Site) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(h)
+        ctx.site = site
+        return h, *site.measure(h)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, None]:
+        (h,) = ctx.saved_tensors
+        return ctx.site.pull_back(grad if ctx.site.sole else grad.clone(), h, first, second), None

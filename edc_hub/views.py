@@ -18,9 +18,9 @@ from .recipe import Relabel
 VERSION = 1  # of the meaning of a row; raised when the same row would yield other pixels
 ViewTable = dict[str, Tensor]
 """Columns of V views, on the CPU: `epoch` int16, `image_id` int32, `crop` int16 (V, 4) box y, x, h, w in the stored
-image, `flip` bool, `mix_image_id` int32 (-1 none), `mix_crop`, `mix_flip`, `mix_box` int16 (V, 4) box y, x, h, w in the
-view, `mix_lam` float32 (the share of the first image), and where used `augment`, `mix_augment` int16 (V, 2 * ops) and
-`shuffle`, `mix_shuffle` int16 (V, 2 * strips)."""
+image, `flip` bool, `mix_image_id` int32 (-1 none), `mix_crop`, `mix_flip`, `mix_box` int16 (V, 4) box y, x, h, w in
+the view, `mix_lam` float32 (the share of the first image), and where used `augment`, `mix_augment` int16 (V, 2 * ops)
+and `shuffle`, `mix_shuffle` int16 (V, 2 * strips)."""
 
 _OWN = ("crop", "flip", "augment", "shuffle")  # what a view has before it is mixed
 
@@ -146,9 +146,9 @@ def apply(images: Tensor, table: ViewTable, view_size: int) -> Tensor:
     wanted, where = torch.cat([pack[0], pack[1].where(mixed[:, None], pack[0])]).unique(dim=0, return_inverse=True)
     widths = [1] + [table[name].shape[1:].numel() for name in columns]
     ids, *parts = wanted.split(widths, dim=1)
-    single = _single(images.index_select(0, ids.view(-1).to(images.device)), dict(zip(columns, parts)), view_size)
-
     device = images.device
+    chosen = images.index_select(0, ids.view(-1).to(device))
+    single = _single(chosen, dict(zip(columns, parts, strict=True)), view_size)
     first, second = where.to(device).chunk(2)
     views = single.index_select(0, first)
     if not mixed.any():

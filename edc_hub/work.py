@@ -28,6 +28,10 @@ from tqdm.auto import tqdm
 from .errors import InputError
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 class Unit(NamedTuple):
     """One file of a stage: `artifacts/<stage>/<name>-<fingerprint>.safetensors`."""
 
@@ -57,21 +61,30 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary name and renames. OSErrors of the disk become an InputError naming `path`."""
     part = temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except Exception as error:
-        disk = _disk_error(error)
-        if disk is None:
-            raise
-        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(part)
+            part.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         try:
             part.unlink(missing_ok=True)
         except OSError:
             pass  # a read-only disk, reported above
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """OSErrors of the disk inside become an InputError naming `path`."""
+    try:
+        yield
+    except Exception as error:
+        disk = _disk_error(error)
+        if disk is None:
+            raise
+        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
 
 
 def _disk_error(error: Exception) -> str | None:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from edc_hub import networks, synthesize, work
 from edc_hub.recipe import Recipe
 from edc_hub.work import Progress

@@ -1,0 +1,152 @@
+"""The terms of the synthesis loss, one function each (EDC section 3.2 and 3.3, Eq. 4-5; G-VBSM's densification)."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .moments import Targets
+from .recipe import Flatness, Synthesize
+from .taps import Layout
+
+
+def group(first: Tensor, second: Tensor, shift: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of groups of images, both (G, F).
+
+    Args:
+        first, second: float32 (B, F), moments of each image about `shift`: E[h - s], E[(h - s)^2].
+        shift: float32 (F,).
+        weights: float32 (G, B), what each image counts in each group; rows sum to 1.
+    """
+    mean, square = weights @ first, weights @ second
+    return shift + mean, square - mean.square()
+
+
+class Running:
+    """Statistic EMA of EDC 3.2: the average's value, with the gradient of the present batch.
+
+    S <- m S + (1 - m) s, given as S / (1 - m^t) + s - sg(s): bias corrected, so the first visit already gives s.
+    """
+
+    def __init__(self, momentum: float):
+        self.momentum, self.average, self.weight = momentum, None, 0.0
+
+    def __call__(self, statistic: Tensor) -> Tensor:
+        """The averaged statistic, of the shape given, the same at each call."""
+        present = statistic.detach()
+        self.average = present * (1 - self.momentum) if self.average is None else self.average.lerp(present, 1 - self.momentum)
+        self.weight = self.momentum * self.weight + (1 - self.momentum)
+        return statistic + (self.average / self.weight - present)
+
+
+def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
+    """Euclidean norms of each segment of (…, F): (…, S). The gradient at 0 is 0."""
+    parts = difference.split([segment.length for segment in layout.segments], -1)
+    return torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts], -1)
+
+
+def layer_losses(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor, layout: Layout) -> Tensor:
+    """Un-squared distances of a layer's means and variances, channels and tiles: (…, F) to (…, L). EDC Eq. 4."""
+    norms = segment_norms(mean - target_mean, layout) + segment_norms(var - target_var, layout)
+    layers = torch.tensor([segment.layer for segment in layout.segments], device=norms.device)
+    return norms.new_zeros(*norms.shape[:-1], layout.layers).index_add(-1, layers, norms)
+
+
+class Matcher:
+    """The matching loss of one observer in one block (Eq. 5).
+
+    `labels` int64 (B,) are the block's. With `class_scope: per_class` each class's images have statistics and running
+    averages of their own, weighted by the class's share of the block; with `mixture` and `local` the block's
+    statistics are compared with `targets.mixture_*`.
+    """
+
+    def __init__(self, targets: Targets, section: Synthesize, labels: Tensor):
+        self.targets, self.alpha, self.drop_rate = targets, section.alpha, section.drop_rate
+        device = targets.global_mean.device
+        self.layer_weights = torch.ones(targets.layout.layers, device=device)
+        self.layer_weights[0] = section.first_layer
+        self.conv = torch.zeros(targets.layout.layers, dtype=torch.bool)
+        self.conv[[segment.layer for segment in targets.layout.segments if segment.kind != "bn"]] = True
+        self.per_class = section.class_scope == "per_class" and section.alpha < 1
+        members = (targets.class_ids.cpu()[:, None] == labels.cpu()).float().to(device)
+        self.shares = members.mean(1)  # p(c)
+        self.members = members / members.sum(1, keepdim=True)
+        self.everyone = torch.full((1, len(labels)), 1 / len(labels), device=device)
+        self.running = {name: Running(section.ema) for name in ("mean", "var", "class_mean", "class_var")}
+
+    def __call__(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+        """The sum over layers of w_l [alpha * global + (1 - alpha) * class], a scalar.
+
+        `first`, `second` (B, F) are the block's moments about `targets.global_mean`. `generator` is drawn from where
+        `drop_rate` is above 0.
+        """
+        targets, layout = self.targets, self.targets.layout
+        shift = targets.global_mean
+        mean, var = group(first, second, shift, self.everyone)
+        mean, var = self.running["mean"](mean)[0], self.running["var"](var)[0]
+        losses = torch.zeros_like(self.layer_weights)
+        if self.alpha > 0:
+            losses = losses + self.alpha * layer_losses(mean, var, targets.global_mean, targets.global_var, layout)
+        if self.per_class:
+            mean, var = group(first, second, shift, self.members)
+            mean, var = self.running["class_mean"](mean), self.running["class_var"](var)
+            classes = layer_losses(mean, var, targets.class_mean, targets.class_var, layout)
+            losses = losses + (1 - self.alpha) * (self.shares @ classes)
+        elif self.alpha < 1:
+            classes = layer_losses(mean, var, targets.mixture_mean, targets.mixture_var, layout)
+            losses = losses + (1 - self.alpha) * classes
+        weights = self.layer_weights
+        if self.drop_rate > 0:
+            dropped = self.conv & (torch.rand(len(self.conv), generator=generator) < self.drop_rate)
+            weights = weights.masked_fill(dropped.to(weights.device), 0.0)
+        return weights @ losses
+
+    def state(self) -> dict[str, Tensor]:
+        """What the rest of the block depends on."""
+        tensors = {}
+        for name, running in self.running.items():
+            if running.average is not None:
+                tensors[name] = running.average
+                tensors[f"{name}.weight"] = torch.tensor(running.weight, dtype=torch.float64)
+        return tensors
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes back what `state` gave."""
+        for name, running in self.running.items():
+            if name in state:
+                running.average = state[name].to(self.shares.device)
+                running.weight = float(state[f"{name}.weight"])
+
+
+def flatness(logits: Tensor, averaged: Tensor, section: Flatness) -> Tensor:
+    """L'_FR, unweighted: KL between the softened predictions of the images and of their running average.
+
+    `paper`: KL(softmax(f(X) / tau) || softmax(f(X_EMA) / tau)), EDC section 3.3; `code`: the other way round.
+    `batchmean` divides by B, `mean` by B * C. No factor tau^2. Both logits (B, C).
+    """
+    present, average = (F.log_softmax(z / section.tau, -1) for z in (logits, averaged.detach()))
+    target, other = (present, average) if section.direction == "paper" else (average, present)
+    divergence = F.kl_div(other, target, reduction="batchmean", log_target=True)
+    return divergence / logits.shape[1] if section.reduction == "mean" else divergence
+
+
+def densification(images: Tensor, labels: Tensor, tau: float) -> Tensor:
+    """G-VBSM's data densification, unweighted: sum over classes of KL(sg softmax(e / tau) || softmax(e)).
+
+    e are the eigenvalues of the Gram matrix of a class's images, average-pooled to at most 32 pixels a side and
+    flattened. A class with one image gives 0. `images` (B, 3, s, s), `labels` int64 (B,).
+    """
+    rows = F.adaptive_avg_pool2d(images, min(32, images.shape[-1])).flatten(1)
+    order = labels.argsort(stable=True)
+    counts = labels.unique(return_counts=True)[1]
+    loss = images.new_zeros(())
+    starts = counts.cumsum(0) - counts
+    for count in counts.unique().tolist():  # classes of equal size go together
+        if count > 1:
+            members = starts[counts == count, None] + torch.arange(count, device=labels.device)
+            block = rows[order[members]]
+            spectrum = torch.linalg.eigvalsh(block @ block.mT)
+            target = F.softmax(spectrum.detach() / tau, -1)
+            loss = loss + F.kl_div(F.log_softmax(spectrum, -1), target, reduction="sum")
+    return loss

@@ -1,0 +1,318 @@
+"""Moments of the observers' layers over the real set, class by class, and the targets that follow (EDC Eq. 4-5).
+
+For image i of class c let m_i and v_i be the mean and the biased variance of a channel over positions, or of a tile
+over channels and positions. Kept are n_c, mean_c = avg m_i, within_c = avg v_i and between_c = avg (m_i - mean_c)^2:
+by the law of total variance every class, block or global variance is a weighted sum of these.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import work
+from .networks import Network
+from .observers import Observers
+from .pixels import View
+from .realset import RealSet
+from .recipe import Moments as Section
+from .recipe import Recipe, selected
+from .taps import Layout, Taps
+from .work import Progress, Session, Unit
+
+
+STAGE, VERSION = "moments", 1
+STREAM_PARTS = 8  # a part of a stream holds every class, so its sums are as large as the result: a few parts only
+Key = tuple[str, int]  # observer and epoch
+
+
+class Targets(NamedTuple):
+    """What a block of images of one observer is matched to: float32 over the features F of `layout`, on the device."""
+
+    layout: Layout
+    global_mean: Tensor
+    """(F,): of all real images; also what moments of the block are measured about."""
+    global_var: Tensor
+    """(F,)."""
+    class_ids: Tensor
+    """(G,) int64, ascending: the classes of the block."""
+    class_mean: Tensor
+    """(G, F)."""
+    class_var: Tensor
+    """(G, F)."""
+    mixture_mean: Tensor
+    """(F,): of the block's classes together, weighted by their shares of it."""
+    mixture_var: Tensor
+    """(F,)."""
+
+
+class Moments:
+    """The finished moments of every matched observer, one file each."""
+
+    def __init__(self, recipe: Recipe, units: dict[Key, Unit], session: Session):
+        self._recipe, self._units, self._session = recipe, units, session
+
+    def fingerprint(self, chosen: Sequence[Key]) -> str:
+        """Stands for the targets of these observers."""
+        section = self._recipe.moments
+        files = [self._units[key].fingerprint for key in chosen]
+        return work.fingerprint(STAGE, VERSION, files=files, target=section.target, bn_target=section.bn_target)
+
+    def targets(self, name: str, epoch: int, counts: Tensor) -> Targets:
+        """Targets of a block with `counts` (C,) int64 images of each class. Reads only the rows of its classes."""
+        unit, section = self._units[name, epoch], self._recipe.moments
+        ids = counts.nonzero().flatten()
+        with self._session.store.open(unit) as file:
+            facts = json.loads(file.metadata()["facts"])
+            whole = {key: file.get_tensor(key) for key in file.keys() if key.split("_")[0] in ("global", "running")}
+            slices = [file.get_slice(key) for key in ("mean", "within", "between")]
+            mean, within, between = (torch.cat([part[i : i + 1] for i in ids.tolist()]) for part in slices)
+        layout = Layout.of(tuple(part) for part in facts["layout"])
+        counts = counts[ids].float()
+        mixture = mix(mean, within, between, counts / counts.sum(), section.target, counts)
+        global_mean, global_var = whole["global_mean"], global_variance(whole, section, int(counts.sum()))
+        if section.bn_target == "running":
+            known = whole["running_mean"].isfinite()
+            global_mean = torch.where(known, whole["running_mean"], global_mean)
+            global_var = torch.where(known, whole["running_var"], global_var)
+        layout, columns = layout.keep(self._recipe.synthesize.layers)
+        var = class_variance(within, between, section.target, counts[:, None])
+        parts = (global_mean, global_var, ids, mean, var, *mixture)
+        device = self._session.device
+        return Targets(layout, *(t.to(device) if t is ids else t[..., columns].to(device) for t in parts))
+
+
+def class_variance(within: Tensor, between: Tensor, target: str, counts: Tensor) -> Tensor:
+    """Variance asked of the images of one class, `counts` of them.
+
+    `reference`: within images alone, as EDC's code has it; `exact`: of the class; `finite`: what so many images drawn
+    from the class have on average.
+    """
+    factor = {"reference": torch.zeros_like(counts), "exact": torch.ones_like(counts), "finite": 1 - 1 / counts}
+    return within + factor[target] * between
+
+
+def mix(
+    mean: Tensor, within: Tensor, between: Tensor, shares: Tensor, target: str, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (F,) of classes together. Moments (G, F), `shares` and `counts` (G,).
+
+    `reference` leaves out the spread of the class means, as EDC's code does.
+    """
+    average = shares @ mean
+    var = shares @ class_variance(within, between, target, counts[:, None])
+    if target != "reference":
+        var = var + shares @ (mean - average).square()
+    return average, var
+
+
+def global_variance(whole: dict[str, Tensor], section: Section, images: int) -> Tensor:
+    """Global target (F,): within + k (between + spread of class means), k = 1 - 1/batch for `reference` (what the
+    variances of batches are on average), 1 for `exact`, 1 - 1/images of the block for `finite`."""
+    k = {"reference": 1 - 1 / section.batch, "exact": 1.0, "finite": 1 - 1 / images}[section.target]
+    return whole["global_within"] + k * (whole["global_between"] + whole["global_spread"])
+
+
+def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session) -> Moments:
+    """Moments of every observer that synthesis matches: one pass over the real set feeds all that are missing.
+
+    Units are, in turn: the shift that sums are taken about; parts of the rows, for all observers; one file an
+    observer, after which the parts are removed.
+    """
+    keys = list(dict.fromkeys(selected(recipe, recipe.synthesize.observers)))
+    settings = _settings(recipe, real, session)
+    units = {
+        (name, epoch): Unit(
+            STAGE,
+            f"{name}@{epoch}",
+            work.fingerprint(STAGE, VERSION, observer=observers.fingerprint(name, epoch), **settings),
+        )
+        for name, epoch in keys
+    }
+    parts = _parts(recipe, real)
+    wanted = [key for key in keys if not session.store.has(units[key])]
+    # the parts of an earlier run that was killed between two observers' files serve as well
+    for some in (keys, wanted):
+        mark = work.fingerprint(STAGE, VERSION, observers=[units[key].fingerprint for key in some])
+        shift_unit = Unit(STAGE, "shift", mark)
+        part_units = [Unit(STAGE, f"rows-{index:05d}", mark) for index in range(len(parts))]
+        if wanted and all(session.store.has(unit) for unit in (shift_unit, *part_units)):
+            break
+    networks: dict[Key, tuple[Network, Taps]] = {}
+
+    def tapped(key: Key) -> tuple[Network, Taps]:
+        if key not in networks:
+            network = observers.load(*key)
+            networks[key] = network, Taps(network, patch=recipe.moments.patch)
+        return networks[key]
+
+    def shift(*_) -> tuple[dict[str, Tensor], dict]:
+        rows = real.rows()[: recipe.moments.batch]
+        images = next(real.batches(rows, recipe.moments.batch, view=_view(recipe)))[0]
+        tensors = {}
+        for key in some:
+            network, taps = tapped(key)
+            tensors[_text(key)] = forward(network, taps, images, session)[0].mean(0)
+        return tensors, {}
+
+    def part(unit: Unit, _: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
+        about = session.store.load(shift_unit)
+        for key in some:
+            tapped(key)[1].shift = about[_text(key)].to(session.device)
+        return add_up(parts[int(unit.name[5:])], real, recipe, {_text(key): tapped(key) for key in some}, session, progress), {}
+
+    def observer(unit: Unit, *_) -> tuple[dict[str, Tensor], dict]:
+        key = next(key for key in keys if units[key] == unit)
+        network, taps = tapped(key)
+        sums = _combine(_text(key), [shift_unit, *part_units], len(real.names), session)
+        layout = [(s.name, s.kind, s.length) for s in taps.layout.segments]
+        return finish(*sums, running=_running(network, taps.layout)), {"layout": layout}
+
+    if wanted:
+        seed = recipe.observers.seed
+        work.run([shift_unit], shift, session, seed=seed, label="moments: shift")
+        work.run(part_units, part, session, seed=seed, label="moments")
+        work.run([units[key] for key in keys], observer, session, seed=seed, label="moments: observers")
+        if session.state.is_main_process:
+            for unit in (shift_unit, *part_units):
+                session.store.path(unit).unlink(missing_ok=True)
+    return Moments(recipe, units, session)
+
+
+def _settings(recipe: Recipe, real: RealSet, session: Session) -> dict:
+    """What decides the moments of any observer; targets derived later are none of it."""
+    section = recipe.moments
+    settings = {"source": real.fingerprint, "stream": recipe.source.streaming}
+    settings |= {key: getattr(section, key) for key in ("batch", "rows", "patch", "augment")}
+    settings["precision"] = recipe.precision if session.device.type != "cpu" else "float32"
+    view = _view(recipe)
+    return settings if view is None else {**settings, "view": list(view)}
+
+
+def _view(recipe: Recipe) -> View | None:
+    section = recipe.moments
+    if section.augment == "none":
+        return None
+    return View(section.augment, recipe.observers.seed, section.pad, tuple(section.crop_area), section.flip)
+
+
+def _parts(recipe: Recipe, real: RealSet) -> list[Tensor]:
+    """Row numbers of each unit. Class by class, so that a part's sums are of a few classes; a stream in its order."""
+    rows = real.rows()
+    if recipe.source.streaming:
+        return list(rows.split(max(recipe.moments.rows, -(-len(rows) // STREAM_PARTS))))
+    return list(rows[real.labels[rows].argsort(stable=True)].split(recipe.moments.rows))
+
+
+def _text(key: Key) -> str:
+    return f"{key[0]}@{key[1]}"
+
+
+def forward(network: Network, taps: Taps, images: Tensor, session: Session) -> tuple[Tensor, Tensor]:
+    """Moments (B, F) about the taps' shift, float32 on the device, of images uint8 (B, 3, s, s)."""
+    with torch.no_grad(), session.autocast(), taps:
+        network(images.to(session.device).float() / 255)
+    return taps.collect()
+
+
+def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes present, int64 (k,), and float64 sums over their images (3, k, F) of m - s, v and (m - s)^2.
+
+    `first`, `second` are moments (B, F) about a shift s; `labels` int64 (B,).
+    """
+    present, index = labels.unique(return_inverse=True)
+    first = first.double()
+    within = (second.double() - first.square()).clamp_min_(0)
+    sums = first.new_zeros(3, len(present), first.shape[1])
+    for into, values in zip(sums, (first, within, first.square()), strict=True):
+        into.index_add_(0, index.to(first.device), values)
+    return present, sums.cpu()
+
+
+def add_batch(
+    images: Tensor,
+    labels: Tensor,
+    networks: dict[str, tuple[Network, Taps]],
+    sums: dict[str, Tensor],
+    classes: Tensor,
+    session: Session,
+) -> None:
+    """Adds a batch, uint8 (B, 3, s, s), to each observer's sums float64 (3, k, F) of the ascending `classes` (k,)."""
+    for name, (network, taps) in networks.items():
+        present, partial = class_sums(*forward(network, taps, images, session), labels)
+        sums[name][:, torch.searchsorted(classes, present)] += partial
+
+
+def add_up(
+    rows: Tensor,
+    real: RealSet,
+    recipe: Recipe,
+    networks: dict[str, tuple[Network, Taps]],
+    session: Session,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Sums over some rows for every observer, each image decoded once.
+
+    Returns `classes` int64 (k,), `counts` int64 (k,), and an observer's sums float64 (3, k, F) under its name.
+    """
+    classes, counts = real.labels[rows].unique(return_counts=True)
+    sums = progress.load()
+    if sums is None:
+        sizes = {name: taps.layout.size for name, (_, taps) in networks.items()}
+        sums = {name: torch.zeros(3, len(classes), size, dtype=torch.float64) for name, size in sizes.items()}
+        sums["done"] = torch.zeros((), dtype=torch.int64)
+    left = rows[int(sums["done"]) :]
+    batches = real.batches(left, recipe.moments.batch, view=_view(recipe))
+    for images, labels, _ in session.bar(batches, total=-(-len(left) // recipe.moments.batch), unit="batch", leave=False):
+        add_batch(images, labels, networks, sums, classes, session)
+        sums["done"] += len(labels)
+        progress.save(lambda: sums)
+    del sums["done"]
+    return {**sums, "classes": classes, "counts": counts}
+
+
+def _combine(name: str, units: list[Unit], classes: int, session: Session) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts int64 (C,), the shift (F,) and the sums float64 (3, C, F), added in the order of the parts."""
+    with session.store.open(units[0]) as file:
+        shift = file.get_tensor(name)
+    counts = torch.zeros(classes, dtype=torch.int64)
+    sums = torch.zeros(3, classes, len(shift), dtype=torch.float64)
+    for unit in units[1:]:
+        with session.store.open(unit) as file:
+            present = file.get_tensor("classes")
+            counts[present] += file.get_tensor("counts")
+            sums[:, present] += file.get_tensor(name)
+    return counts, shift, sums
+
+
+def finish(counts: Tensor, shift: Tensor, sums: Tensor, running: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An observer's file: `n` (C,), `mean`, `within`, `between` float32 (C, F), and the whole set's, weighted by n.
+
+    A class without images has zeros. `running` holds `running_mean` and `running_var` (F,), NaN where a layer has none.
+    """
+    n = counts.clamp_min(1)[:, None]
+    first, within, square = (part / n for part in sums)
+    between = (square - first.square()).clamp_min_(0)
+    shares = counts.double() / counts.sum()
+    centre = shares @ first
+    whole = {
+        "global_mean": centre + shift,
+        "global_within": shares @ within,
+        "global_between": shares @ between,
+        "global_spread": shares @ (first - centre).square(),
+    }
+    tensors = {"mean": first + shift, "within": within, "between": between, **whole, **running}
+    return {"n": counts, **{name: tensor.float() for name, tensor in tensors.items()}}
+
+
+def _running(network: Network, layout: Layout) -> dict[str, Tensor]:
+    """The running buffers of BatchNorm layers on the feature axis, NaN where there is none."""
+    tensors = {name: torch.full((layout.size,), torch.nan) for name in ("running_mean", "running_var")}
+    for name, tensor in tensors.items():
+        for segment in layout.segments:
+            buffer = getattr(network.module.get_submodule(segment.name), name, None)
+            if buffer is not None:
+                tensor[segment.start : segment.start + segment.length] = buffer
+    return tensors

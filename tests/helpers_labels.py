@@ -1,0 +1,72 @@
+"""Small observers with random weights, and a small labelled set, for the tests of what comes after synthesis."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from edc_hub.recipe import Recipe
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(count: int, size: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(256, (count, 3, size, size), generator=seeded(seed), dtype=torch.uint8)
+
+
+def network(seed: int, classes: int) -> nn.Module:
+    """A convolutional network with BatchNorm and dropout, frozen, in eval mode."""
+    layers = nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 8, 3, 2, 1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(8, classes),
+    )
+    generator = seeded(seed)
+    for tensor in (*layers.parameters(), layers[1].running_mean, layers[4].running_mean):
+        tensor.data.normal_(generator=generator)
+    return layers.requires_grad_(False).eval()
+
+
+class Observers:
+    """The face of `observers.Observers` with the networks `a` and `b`; counts what was loaded."""
+
+    def __init__(self, classes: int):
+        self.networks = {"a": network(1, classes), "b": network(2, classes)}
+        self.loaded: list[str] = []
+
+    def load(self, name: str, epoch: int) -> nn.Module:
+        self.loaded.append(name)
+        return self.networks[name]
+
+    def fingerprint(self, name: str, epoch: int) -> str:
+        return f"{name}{epoch}"
+
+    def facts(self, name: str, epoch: int) -> dict:
+        return {
+            "arch": "convnet",
+            "epochs": epoch,
+            "accuracy": 0.75,
+            "source": "trained here",
+            "sha256": f"{name}{epoch}",
+        }
+
+
+def recipe(ipc: int = 2, **sections) -> Recipe:
+    """A recipe with the observers `a` and `b`, trained for three epochs."""
+    networks = [{"name": name, "arch": "convnet", "train": {"epochs": 3}} for name in "ab"]
+    return Recipe(**{"name": "toy", "ipc": ipc, "observers": {"networks": networks}, **sections})
+
+
+def real(classes: int) -> SimpleNamespace:
+    """What the writer of a set asks of the real set."""
+    names = [f"class {i}" for i in range(classes)]
+    return SimpleNamespace(names=names, id="toys/blocks", commit="c0ffee" * 6 + "0000", fingerprint="f" * 16)

@@ -1,0 +1,387 @@
+"""The dataset folder: what `load_dataset` and `CondensedSet` read of it, its bytes, its card, and what is refused."""
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_dataset
+from helpers_labels import Observers, noise, real, recipe
+from huggingface_hub import DatasetCard
+from PIL import Image
+
+from edc_hub import CondensedSet, condensed, labels, tables
+from edc_hub.errors import InputError
+from edc_hub.recipe import Images
+from edc_hub.work import Session, Store
+
+
+CLASSES, IPC = 5, 2
+COUNT = CLASSES * IPC
+
+
+RELABEL = {"epochs": 2, "batch": 4, "rand_augment": 2, "shuffle": 2}
+
+
+def written(
+    folder: Path,
+    session: Session,
+    *,
+    images=None,
+    control=None,
+    size=16,
+    epochs: int = 2,
+    encoding: dict | None = None,
+) -> Path:
+    """A set of ten images with labels, written to `folder`."""
+    images = noise(COUNT, size) if images is None else images
+    relabel = {**RELABEL, "epochs": epochs}
+    given = recipe(IPC, relabel=relabel, images=encoding or {}, evaluation={"epochs": 2})
+    observers = Observers(CLASSES)
+    files = condensed.encode(images, given.images)
+    rows = torch.arange(COUNT).int().view(-1, 1)
+    condensed.write(
+        folder,
+        recipe=given,
+        files=files,
+        initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat([rows + 100, rows - 5], 1)),
+        real=real(CLASSES),
+        labels=labels.obtain(given, condensed.decode(files), observers, session),
+        observers=observers,
+        control=control,
+    )
+    return folder
+
+
+def content(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Path:
+    from accelerate import PartialState
+
+    root = tmp_path_factory.mktemp("run")
+    return written(root / "dataset", Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu")))
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda folder, *config, **options: load_dataset(
+        str(folder), *config, split="train", cache_dir=str(tmp_path / "cache"), **options
+    )
+
+
+def test_load_dataset_reads_the_images_with_their_names_and_mean_labels(dataset, load, session):
+    rows = load(dataset)
+    assert rows.column_names == ["image", "label", "image_id", "ipc_index", "source_rows", "soft_label"]
+    assert rows.features["label"].names == real(CLASSES).names
+    assert rows["label"][:] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert rows["image_id"][:] == list(range(10)) and rows["ipc_index"][:] == [0, 1] * 5
+    assert rows["source_rows"][0] == [100] and rows["source_rows"][9] == [109, 4]  # -1 stands for no row
+    assert [np.asarray(image).tolist() for image in rows["image"]] == noise(COUNT, 16).permute(0, 2, 3, 1).tolist()
+    row = rows.with_format("torch")[3]
+    assert row["image"].dtype == torch.uint8 and torch.equal(row["image"], noise(COUNT, 16)[3])
+    assert row["soft_label"].shape == (CLASSES,)
+    types = {name: str(rows.features[name].dtype) for name in ("image_id", "ipc_index")}
+    assert types == {"image_id": "int32", "ipc_index": "int16"}
+    assert str(rows.features["soft_label"]) == "List(Value('float16'), length=5)"
+
+
+def test_load_dataset_reads_the_labelled_views(dataset, load):
+    rows = load(dataset, "soft_labels")
+    lists = {"crop": 4, "mix_crop": 4, "mix_box": 4, "augment": 4, "mix_augment": 4, "shuffle": 4, "mix_shuffle": 4}
+    plain = {
+        "epoch": "int16", "image_id": "int32", "flip": "bool", "mix_image_id": "int32", "mix_flip": "bool",
+        "mix_lam": "float32",
+    }  # fmt: skip
+    expected = {name: f"Value('{dtype}')" for name, dtype in plain.items()}
+    expected |= {name: f"List(Value('int16'), length={length})" for name, length in lists.items()}
+    expected["soft_label"] = "List(Value('float16'), length=5)"
+    assert {name: repr(feature) for name, feature in rows.features.items()} == expected
+    assert rows["epoch"][:] == [0] * COUNT + [1] * COUNT
+    assert load(dataset, "soft_labels", streaming=True).with_format("torch").batch(5).features is not None
+
+
+def test_the_folder_loads_without_a_network_and_without_edc_hub(dataset, tmp_path):
+    program = (
+        "import sys, datasets\n"
+        f"print(datasets.load_dataset({str(dataset)!r}, 'images')['train'].num_rows,"
+        f" datasets.load_dataset({str(dataset)!r}, 'soft_labels')['train'].num_rows, 'edc_hub' in sys.modules)"
+    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["10", "20", "False"], done.stderr
+
+
+def test_two_folders_of_one_name_are_not_taken_for_each_other(session, tmp_path, load):
+    first = written(tmp_path / "one" / "dataset", session)
+    other = written(tmp_path / "two" / "dataset", session, images=noise(COUNT, 16, seed=8))
+    for config, column in (("images", "soft_label"), ("soft_labels", "soft_label")):
+        assert load(first, config)[column][:] != load(other, config)[column][:]
+
+
+def test_a_folder_rewritten_in_place_is_read_anew(session, tmp_path, load):
+    folder = written(tmp_path / "dataset", session)
+    before = {config: load(folder, config)["soft_label"][:] for config in ("images", "soft_labels")}
+    written(folder, session, images=noise(COUNT, 16, seed=8))
+    after = {config: load(folder, config)["soft_label"][:] for config in ("images", "soft_labels")}
+    assert before["images"] != after["images"] and before["soft_labels"] != after["soft_labels"]
+    image = load(folder).with_format("torch")[0]["image"]
+    assert torch.equal(image, noise(COUNT, 16, seed=8)[0])
+
+
+def test_equal_inputs_give_equal_bytes_also_in_another_process(dataset, tmp_path):
+    program = (
+        "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path; from accelerate import PartialState; import test_condensed as t\n"
+        "out = Path(sys.argv[2])\n"
+        "t.written(out / 'dataset', t.Session(t.Store(out / 'a'), PartialState(cpu=True), torch.device('cpu')))"
+    )
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": str(here.parent), "PYTHONHASHSEED": "7"}
+    done = subprocess.run([sys.executable, "-c", program, here, tmp_path], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert content(tmp_path / "dataset") == content(dataset)
+
+
+def test_a_folder_that_holds_this_set_is_left_alone(session, tmp_path):
+    folder = written(tmp_path / "dataset", session)
+    inode = folder.stat().st_ino
+    (folder / "results.json").write_text("{}")
+    written(folder, session)
+    assert folder.stat().st_ino == inode and (folder / "results.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]
+
+
+def test_a_damaged_or_half_written_folder_is_written_again(session, tmp_path):
+    folder = written(tmp_path / "dataset", session)
+    whole = content(folder)
+    (folder / "images/train-00000-of-00001.parquet").write_bytes(b"")
+    (tmp_path / ".dataset.host.1.tmp").mkdir()
+    written(folder, session)
+    assert content(folder) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]
+    (folder / "manifest.json").write_text("{}")
+    written(folder, session)
+    assert content(folder) == whole
+
+
+def test_a_failed_write_leaves_the_finished_set_as_it_was(session, tmp_path, monkeypatch):
+    folder = written(tmp_path / "dataset", session)
+    whole = content(folder)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables, "label_rows", full)
+    with pytest.raises(OSError):
+        written(folder, session, images=noise(COUNT, 16, seed=8))
+    assert content(folder) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]
+
+
+def test_a_full_disk_is_one_clear_line(session, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, *_, **__):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tables.pq, "ParquetWriter", Full)
+    with pytest.raises(InputError, match="disk is full"):
+        written(tmp_path / "dataset", session)
+
+
+def test_the_manifest_says_what_the_set_was_made_from(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    assert manifest["format_version"] == "1.0"
+    assert (manifest["name"], manifest["method"], manifest["ipc"], manifest["seed"]) == ("toy", "edc", 2, 0)
+    assert manifest["classes"] == real(CLASSES).names
+    assert manifest["source"]["commit"] == real(CLASSES).commit and manifest["source"]["fingerprint"] == "f" * 16
+    assert manifest["images"] == {
+        "count": 10, "size": 16, "format": "png", "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+    }  # fmt: skip
+    assert [observer["name"] for observer in manifest["observers"]] == ["a@3", "b@3"]
+    assert (
+        manifest["observers"][0]["roles"] == ["relabel", "synthesize"] and manifest["observers"][0]["sha256"] == "a3"
+    )
+    soft = manifest["soft_labels"]
+    assert soft["codec"] == "dense_float16" and soft["view_version"] == 1 and soft["view_size"] == 16
+    assert soft["epochs"] == 2 and soft["randaugment"]["operations"][5]["name"] == "Rotate"
+    assert {"edc_hub", "python", "torch", "torchvision", "datasets", "transformers", "timm"} <= set(
+        manifest["versions"]
+    )
+    assert manifest["recipe_sha256"] == hashlib.sha256((dataset / "recipe.yaml").read_bytes()).hexdigest()
+    for path, facts in manifest["files"].items():
+        assert facts["sha256"] == hashlib.sha256((dataset / path).read_bytes()).hexdigest()
+        assert facts["bytes"] == (dataset / path).stat().st_size
+    assert {path: facts["rows"] for path, facts in manifest["files"].items()} == {
+        "images/train-00000-of-00001.parquet": 10, "soft_labels/train-00000-of-00001.parquet": 20,
+    }  # fmt: skip
+
+
+def test_a_condensed_set_reads_back_what_was_written(dataset, session):
+    found = CondensedSet.load(dataset)
+    assert torch.equal(found.images, noise(COUNT, 16))
+    assert found.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4] and found.labels.dtype == torch.int64
+    assert (found.ipc, found.epochs, found.names) == (2, 2, real(CLASSES).names)
+    made = labels.obtain(recipe(IPC, relabel=RELABEL), found.images, Observers(CLASSES), session)
+    assert torch.equal(found.soft_labels, made.mean.float())
+    for epoch in range(2):
+        (table, logits), (want, soft) = found.views(epoch), made.epoch(epoch)
+        assert list(table) == list(want) and all(torch.equal(table[name], want[name]) for name in want)
+        assert all(table[name].dtype == want[name].dtype for name in want)
+        assert torch.equal(logits, soft.float())
+
+
+def test_the_pixels_replayed_from_the_folder_give_its_labels(dataset):
+    found, networks = CondensedSet.load(dataset), Observers(CLASSES).networks
+    for epoch in range(2):
+        x, (_, logits) = found.replay(epoch), found.views(epoch)
+        assert x.shape == (COUNT, 3, 16, 16) and x.dtype == torch.float32
+        mean = (networks["a"](x) + networks["b"](x)) / 2
+        torch.testing.assert_close(mean, logits, atol=1e-6, rtol=2**-10)
+
+
+def test_large_sets_are_cut_into_shards_and_read_back_whole(session, tmp_path, load, monkeypatch):
+    monkeypatch.setattr(tables, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(tables, "ROWS", 1)
+    folder = written(tmp_path / "dataset", session, epochs=5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    shards = [path for path in manifest["files"] if path.startswith("soft_labels/")]
+    assert len(shards) == 5 and shards[-1] == "soft_labels/train-00004-of-00005.parquet"
+    assert len(manifest["files"]) > 6
+    assert load(folder, "soft_labels")["epoch"][:] == [e for e in range(5) for _ in range(COUNT)]
+    found = CondensedSet.load(folder)
+    assert torch.equal(found.images, noise(COUNT, 16))
+    assert found.views(3)[0]["epoch"].unique().tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "expected"), [(64, "jpeg", "PNG"), (72, "jpeg", "JPEG"), (72, "webp", "WEBP")]
+)
+def test_images_are_png_up_to_64_pixels_and_as_asked_above(size, kind, expected):
+    x = torch.linspace(20, 230, size).round().to(torch.uint8)
+    images = torch.stack([x.expand(size, size), x[:, None].expand(size, size), x.expand(size, size).flip(1)])[None]
+    files = condensed.encode(images, Images(format=kind, quality=95))
+    assert Image.open(io.BytesIO(files[0])).format == expected
+    error = (condensed.decode(files).int() - images.int()).abs()
+    assert error.max() == 0 if expected == "PNG" else error.float().mean() < 2
+
+
+def test_labels_are_those_of_the_stored_jpeg_not_of_the_pixels_before_it(session, tmp_path):
+    pixels = noise(COUNT, 72)
+    folder = written(tmp_path / "dataset", session, size=72, images=pixels, encoding={"format": "jpeg", "quality": 60})
+    found, networks = CondensedSet.load(folder), Observers(CLASSES).networks
+    assert not torch.equal(found.images, pixels)
+    x = found.images.float() / 255
+    torch.testing.assert_close((networks["a"](x) + networks["b"](x)) / 2, found.soft_labels, atol=1e-6, rtol=2**-10)
+
+
+def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
+    card = DatasetCard.load(dataset / "README.md")
+    data = card.data.to_dict()
+    assert data["license"] == "other" and data["task_categories"] == ["image-classification"]
+    assert data["size_categories"] == ["n<1K"] and data["source_datasets"] == ["extended|toys/blocks"]
+    assert "ipc-2" in data["tags"] and "dataset-distillation" in data["tags"]
+    assert [config["config_name"] for config in data["configs"]] == ["images", "soft_labels"]
+    assert data["configs"][0]["default"] is True
+    assert [info["splits"][0]["num_examples"] for info in data["dataset_info"]] == [10, 20]
+    for part in (
+        "assets/grid.png",
+        "https://huggingface.co/datasets/toys/blocks",
+        "## License",
+        "@inproceedings",
+        "75.0 %",
+    ):
+        assert part in card.text
+    assert not re.search(r"\{\{|\}\}|\{%|None|Undefined", card.text)
+
+
+def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
+    text = DatasetCard.load(dataset / "README.md").text
+    example = re.search(r"```python\n(import timm.*?)```", text, re.DOTALL)[1]
+    assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
+    check = "\nassert logits.shape == (10, 5) and torch.isfinite(loss)\nprint('trained', epoch + 1)"
+    env = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", example + check], env=env, cwd=dataset.parent, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["trained", "2"], done.stderr
+
+
+def test_the_replay_of_the_card_runs(dataset, monkeypatch):
+    text = DatasetCard.load(dataset / "README.md").text
+    replay = re.search(r"```python\n(from edc_hub.*?)```", text, re.DOTALL)[1]
+    monkeypatch.chdir(dataset.parent)
+    names: dict = {}
+    exec(replay, names)
+    assert names["x"].shape == (COUNT, 3, 16, 16) and names["logits"].shape == (COUNT, CLASSES)
+
+
+@pytest.mark.parametrize("control", ["initial", "random"])
+def test_a_control_says_that_it_is_one(session, tmp_path, control):
+    folder = written(tmp_path / "dataset", session, control=control)
+    assert CondensedSet.load(folder).manifest["control"] == control
+    roles = [observer["roles"] for observer in CondensedSet.load(folder).manifest["observers"]]
+    assert roles == [["relabel"], ["relabel"]]  # nothing was synthesised here
+    title = DatasetCard.load(folder / "README.md").data.pretty_name
+    assert f"{control} images" in title and "condensed" not in title
+
+
+def test_the_grid_shows_each_start_beside_its_image(dataset):
+    sheet = np.asarray(Image.open(dataset / "assets/grid.png"))
+    start, final = noise(COUNT, 16, seed=7), noise(COUNT, 16)
+    assert sheet.shape == (CLASSES * 72, IPC * 136, 3)
+    tile = sheet[72 + 4 : 72 + 68, 136 + 4 : 136 + 132]  # class 1, second image
+    assert np.array_equal(tile[::4, :64:4], start[3].permute(1, 2, 0)) and np.array_equal(
+        tile[::4, 64::4], final[3].permute(1, 2, 0)
+    )
+
+
+def test_a_newer_format_is_refused_with_the_side_that_is_old(dataset, tmp_path):
+    newer = json.loads((dataset / "manifest.json").read_text()) | {"format_version": "2.0"}
+    (tmp_path / "manifest.json").write_text(json.dumps(newer))
+    with pytest.raises(InputError, match=r"newer than this edc_hub.*2\.0.*reads up to 1\.0.*upgrade"):
+        CondensedSet.load(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps(newer | {"format_version": "1.7"}))
+    assert CondensedSet.load(tmp_path).ipc == 2
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"format_version": "x"}'])
+def test_a_broken_manifest_is_refused(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match="not the manifest"):
+        CondensedSet.load(tmp_path)
+
+
+def test_a_folder_without_a_finished_set_is_refused_with_a_hint(dataset, tmp_path):
+    with pytest.raises(InputError, match="manifest.json is missing"):
+        CondensedSet.load(tmp_path)
+    with pytest.raises(InputError, match=f"give {dataset}"):
+        CondensedSet.load(dataset.parent)
+    with pytest.raises(InputError, match="nowhere/at-all: neither a folder"):
+        CondensedSet.load("nowhere/at-all")
+    with pytest.raises(InputError, match="neither a folder"):
+        CondensedSet.load(str(tmp_path / "missing"))
+
+
+def test_a_set_with_a_missing_file_is_refused(session, tmp_path):
+    folder = written(tmp_path / "dataset", session)
+    (folder / "images/train-00000-of-00001.parquet").unlink()
+    with pytest.raises(InputError, match="train-00000-of-00001.parquet: missing"):
+        _ = CondensedSet.load(folder).images
+
+
+def test_a_label_epoch_that_is_not_there_is_refused(dataset):
+    for epoch in (-1, 2):
+        with pytest.raises(InputError, match="give 0 to 1"):
+            CondensedSet.load(dataset).views(epoch)
