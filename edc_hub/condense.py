@@ -12,13 +12,35 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from . import launch, recipes, work
+import yaml
+
+from . import launch, recipes
+from .errors import InputError
 from .recipe import Recipe
-from .work import Session
+
+
+if TYPE_CHECKING:  # torch is imported once the recipe is known to be right: a typo is answered at once
+    from torch import Tensor
+
+    from .initialize import Initial
+    from .observers import Observers
+    from .source import RealSet
+    from .work import Session
+
+
+class Pictures(NamedTuple):
+    """A set of images to be labelled and written: the condensed ones, or those of a control."""
+
+    label: str
+    place: Path
+    images: "Tensor"  # uint8 (N, 3, s, s)
+    initial: "Initial"
+    control: str | None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,27 +50,47 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or does the job."""
-    parsed = recipes.parse(argv, prog="condense")
-    recipe = parsed.recipe
-    if parsed.print_recipe:
+    recipe, dry_run, print_recipe = recipes.parse(argv, prog="condense")
+    if print_recipe:
         print(recipes.dump(recipe), end="")
         return
-    if parsed.dry_run:
-        from .plan import dry_run
+    if dry_run:
+        from . import plan
 
-        dry_run(recipe)
+        plan.dry_run(recipe)
         return
     folder = launch.run_folder(recipe)
-    with work.lock(folder) if launch.is_first() else nullcontext():
-        with launch.session(recipe, launch.artifacts(recipe)) as session:
-            dataset = condense(recipe, folder, session)
-            if session.state.is_main_process:
-                print(dataset)
+    refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+    with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
+        dataset = condense(recipe, folder, session)
+        if session.state.is_main_process:
+            print(dataset)
 
 
-def condense(recipe: Recipe, folder: Path, session: Session) -> Path:
+def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ."""
+    if not path.is_file():
+        return
+    theirs, ours = (_flat(yaml.safe_load(text)) for text in (path.read_text(), recipes.published(recipe)))
+    changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    if changed:
+        more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
+        raise InputError(
+            f"output_dir: {path.parent} is finished and differs in {', '.join(changed[:3])}{more}; give this run "
+            "another output_dir (what both share is found again beside it)"
+        )
+
+
+def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
     """Does the whole job on every process of the group; returns the dataset folder."""
-    from . import initialize, moments, observers, source, synthesize
+    from . import initialize, moments, observers, source, synthesize, work
 
     clock = Clock(session)
     with clock("source"):
@@ -59,62 +101,59 @@ def condense(recipe: Recipe, folder: Path, session: Session) -> Path:
         work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe)))
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
-    matched = recipe.synthesize.iterations > 0
     with clock("moments"):
-        targets = moments.obtain(recipe, real, watching, session) if matched else None
+        targets = moments.obtain(recipe, real, watching, session) if recipe.synthesize.iterations else None
     with clock("initialize"):
         initial = initialize.obtain(recipe, real, watching, session)
     with clock("synthesize"):
         images = synthesize.obtain(recipe, real, watching, targets, initial, session)
-    dataset = folder / "dataset"
-    publish(recipe, real, watching, images, initial, dataset, "relabel", session, clock)
-    if recipe.relabel.controls:
-        control(recipe, real, watching, initial, folder / "controls", session, clock)
+    made = Pictures("relabel", folder / "dataset", images, initial, None)
+    for pictures in [made, *(controls(recipe, real, initial, folder) if recipe.relabel.controls else [])]:
+        with clock(pictures.label):
+            label_and_write(recipe, real, watching, pictures, session)
     if session.state.is_main_process:
         finish(recipe, real, clock, folder, session)
-    return dataset
+    return made.place
 
 
-def control(recipe, real, watching, initial, folder: Path, session: Session, clock: "Clock") -> None:
-    """The sets that show what synthesis adds: the initial images, and random real images, with labels made alike."""
-    from . import initialize
+def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) -> Iterator[Pictures]:
+    """What synthesis is held against: the images it started from, and draws of random real images."""
+    from . import initialize, work
 
-    label = "control initial"
-    publish(recipe, real, watching, initial.images, initial, folder / "initial", label, session, clock, "initial")
+    yield Pictures("control initial", folder / "controls" / "initial", initial.images, initial, "initial")
     for draw in range(recipe.relabel.random_draws):
         rows = initialize.random_rows(real, recipe.ipc, work.generator(recipe.seed, "random", str(draw)))
         start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
-        place, label = folder / "random" / str(draw), f"control random {draw}"
-        publish(recipe, real, watching, start.images, start, place, label, session, clock, "random")
+        place = folder / "controls" / "random" / str(draw)
+        yield Pictures(f"control random {draw}", place, start.images, start, "random")
 
 
-def publish(
-    recipe, real, watching, images, initial, folder: Path, label: str, session: Session, clock, control=None
+def label_and_write(
+    recipe: Recipe, real: "RealSet", watching: "Observers", pictures: Pictures, session: "Session"
 ) -> None:
-    """Encodes and labels a set of images and writes its dataset folder."""
+    """Encodes the images, labels what a reader will decode, and writes the dataset folder."""
     from . import condensed, labels
 
-    with clock(label):
-        files = condensed.encode(images, recipe.images)
-        soft = labels.obtain(recipe, condensed.decode(files), watching, session, label)
-        if session.state.is_main_process:
-            condensed.write(
-                folder,
-                recipe=recipe,
-                files=files,
-                initial=initial,
-                real=real,
-                labels=soft,
-                observers=watching,
-                control=control,
-            )
-        session.state.wait_for_everyone()
+    files = condensed.encode(pictures.images, recipe.images)
+    soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label)
+    if session.state.is_main_process:
+        condensed.write(
+            pictures.place,
+            recipe=recipe,
+            files=files,
+            initial=pictures.initial,
+            real=real,
+            labels=soft,
+            observers=watching,
+            control=pictures.control,
+        )
+    session.state.wait_for_everyone()
 
 
 class Clock:
     """Times the stages: a line on stderr for each, and `seconds` for run.json."""
 
-    def __init__(self, session: Session):
+    def __init__(self, session: "Session"):
         self.session, self.seconds = session, {}
 
     @contextmanager
@@ -125,11 +164,13 @@ class Clock:
         self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
 
 
-def finish(recipe: Recipe, real, clock: Clock, folder: Path, session: Session) -> None:
+def finish(recipe: Recipe, real: "RealSet", clock: Clock, folder: Path, session: "Session") -> None:
     """Writes run.json, what was measured, and says where the set is and how to load it."""
     import resource
 
     import torch
+
+    from . import work
 
     gpu = torch.cuda.is_available() and session.device.type == "cuda"
     facts = {

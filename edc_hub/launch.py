@@ -4,7 +4,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,6 +45,15 @@ def run_folder(recipe: Recipe) -> Path:
 def artifacts(recipe: Recipe) -> Path:
     """What runs share: the folder `artifacts` beside the run."""
     return run_folder(recipe).parent / "artifacts"
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a run folder for this command; the first process holds the lock for all of them."""
+    from . import work
+
+    with work.lock(folder) if is_first() else nullcontext():
+        yield
 
 
 @contextmanager

@@ -45,13 +45,19 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     for net in recipe.observers.networks:
         if net.train is not None:
             batch = slice(0, net.train.batch)
-            step = _clock(lambda net=net, batch=batch: _train_step(built[net.name], images[batch], labels[batch]), session)
+            step = _clock(
+                lambda net=net, batch=batch: _train_step(built[net.name], images[batch], labels[batch]), session
+            )
             train += step * net.train.epochs * count / min(net.train.batch, len(images))
     result["observers"] = train / min(session.state.num_processes, max(1, len(built)))
 
     matched = selected(recipe, recipe.synthesize.observers) if recipe.synthesize.iterations else []
-    forward = {name: _clock(lambda net=net: _forward(net, images), session) / len(images) for name, net in built.items()}
-    taps = sum(_clock(lambda name=name: _tapped(recipe, built[name], images), session) for name in {n for n, _ in matched})
+    forward = {
+        name: _clock(lambda net=net: _forward(net, images), session) / len(images) for name, net in built.items()
+    }
+    taps = sum(
+        _clock(lambda name=name: _tapped(recipe, built[name], images), session) for name in {n for n, _ in matched}
+    )
     result["moments"] = taps / len(images) * count / session.state.num_processes
 
     scored = {"rded": recipe.initialize.images_per_class * recipe.initialize.crops, "kmeans": count / len(real.names)}
@@ -60,7 +66,10 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     result["initialize"] = looks * looking / session.state.num_processes
 
     if matched:
-        each = sum(_clock(lambda n=name: _iteration(recipe, built[n], images, labels, session), session) for name, _ in matched)
+        each = sum(
+            _clock(lambda n=name: _iteration(recipe, built[n], images, labels, session), session)
+            for name, _ in matched
+        )
         blocks = -(-total // recipe.synthesize.block)
         share = -(-blocks // session.state.num_processes)  # the busiest process
         result["synthesize"] = each / len(matched) * recipe.synthesize.iterations * share
@@ -116,7 +125,14 @@ def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session:
     mean, var = matching.group(first, second, taps.shift, torch.full((1, len(images)), 1 / len(images)).to(first))
     present = labels.unique().cpu()
     targets = Targets(
-        taps.layout, mean[0], var[0], present, mean.expand(len(present), -1), var.expand(len(present), -1), mean[0], var[0]
+        taps.layout,
+        mean[0],
+        var[0],
+        present,
+        mean.expand(len(present), -1),
+        var.expand(len(present), -1),
+        mean[0],
+        var[0],
     )
     observed = [synthesize.Observed(network, targets, labels.cpu(), recipe)]
     one = recipe.model_copy(update={"synthesize": section})
@@ -132,13 +148,17 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
     row = sum(column[0].numel() * column.element_size() for column in view.values())
     label_bytes = total * recipe.relabel.epochs * (row + 2 * classes)
     print(f"{real.id}: {classes} classes, {len(real.rows())} training images at {real.size} px")
-    print(f"run folder: {launch.run_folder(recipe)}   processes: {session.state.num_processes}   device: {session.device}")
+    print(
+        f"run folder: {launch.run_folder(recipe)}   processes: {session.state.num_processes}   device: {session.device}"
+    )
     print(f"\n{'stage':<14}{'projected':>12}")
     for stage, value in seconds.items():
         print(f"{stage:<14}{_human(value):>12}")
     print(f"{'total':<14}{_human(sum(seconds.values())):>12}")
     print(f"\n{'images':<14}{total:>12} images{image_bytes / 2**20:>12.1f} MiB")
-    print(f"{'soft_labels':<14}{total * recipe.relabel.epochs:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
+    print(
+        f"{'soft_labels':<14}{total * recipe.relabel.epochs:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed"
+    )
 
 
 def _human(seconds: float) -> str:

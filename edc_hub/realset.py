@@ -6,6 +6,7 @@ bytes of rows that are needed in another order are kept in a file first.
 
 import hashlib
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -54,12 +55,15 @@ class Stream:
 
     def __init__(self, dataset: datasets.IterableDataset, column: str):
         self.dataset, self.column = dataset.with_format("arrow"), column
-        self.lock, self.tables = threading.Lock(), None
+        self.lock, self.tables, self.close = threading.Lock(), None, lambda: None
 
     def read(self, rows: np.ndarray) -> list[Encoded]:
         with self.lock:
             if self.tables is None or rows[0] < self.first:
+                self.close()
                 self.tables = self.dataset.iter(batch_size=PART)
+                # an open reader that is left to the end of the interpreter fails there with a traceback
+                self.close = weakref.finalize(self, self.tables.close)
                 self.first, self.table = 0, next(self.tables)
             found: list[Encoded] = []
             while True:

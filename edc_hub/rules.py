@@ -7,7 +7,6 @@ from .recipe import Recipe, snapshots
 
 
 _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
-_INT16 = 2**15 - 1  # epoch and ipc_index are int16 in a condensed set
 
 
 def validate(recipe: Recipe) -> None:
@@ -25,8 +24,6 @@ def _source(recipe: Recipe) -> Iterator[str]:
             yield f"source.classes: {twice[0]!r} is given twice; keep one"
         if len(source.classes) < 2:
             yield f"source.classes: {len(source.classes)} given, a classifier needs two; add one or write null for all"
-    if recipe.ipc > _INT16:
-        yield f"ipc: a condensed set holds at most {_INT16} images a class, got {recipe.ipc}; write a smaller one"
     if recipe.moments.patch > source.size:
         yield (
             f"moments.patch: {recipe.moments.patch} px is wider than the images (source.size {source.size}); "
@@ -103,14 +100,14 @@ def _synthesize(recipe: Recipe) -> Iterator[str]:
         yield f"synthesize.jitter: {section.jitter} px rolls past the image; write less than {recipe.source.size}"
     if section.class_scope == "local" and section.alpha == 1:
         yield "synthesize.class_scope: local has no effect at alpha 1; write alpha below 1 or another scope"
+    if section.class_scope == "local" and recipe.source.streaming:
+        yield "synthesize.class_scope: local draws real images for every block; write source.streaming: false"
     if not section.layers:
         yield "synthesize.layers: an empty list; name layers, or write weight: 0 to match none"
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:
     section, size = recipe.relabel, recipe.source.size
-    if section.epochs > _INT16:
-        yield f"relabel.epochs: a condensed set holds at most {_INT16} label epochs, got {section.epochs}; write fewer"
     if section.batch == 1 and section.mix != "none":
         yield f"relabel.batch: {section.mix} mixes two views of a batch, got 1; write 2 or more, or mix: none"
     if section.batch == 1 and section.observer_mode == "batch":

@@ -275,9 +275,8 @@ class _Site:
                 slope, offset = (t if len(t) == 1 else t[part] for t in channel or tile)
             else:
                 slope = torch.add(channel[0][part], tile[0][part], out=buffer[: len(x)])
-            if g.dtype != torch.float32:
-                raise NotImplementedError
-            g.addcmul_(x, slope)
+            g += x.float()*slope if g.dtype != torch.float32 else 0
+            g.addcmul_(x, slope) if g.dtype == torch.float32 else 0
             if channel and tile and not maps:
                 offset = torch.add(channel[1][part], tile[1][part], out=buffer[: len(x)])
             g.add_(offset)

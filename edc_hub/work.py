@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -186,7 +187,7 @@ class Session:
     def report(self, text: str) -> None:
         """A line of prose on stderr, from the main process."""
         if self.state.is_main_process:
-            tqdm.write(text)
+            tqdm.write(text, file=sys.stderr)
 
 
 Make = Callable[[Unit, torch.Generator, Progress], tuple[dict[str, Tensor], dict]]

@@ -30,3 +30,16 @@ def session(tmp_path):
     from edc_hub.work import Session, Store
 
     return Session(Store(tmp_path / "artifacts"), PartialState(cpu=True), torch.device("cpu"), checkpoint_seconds=0.0)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A finished dataset folder of ten images in five classes. For reading alone: tests share it."""
+    import torch
+    from accelerate import PartialState
+    from helpers_labels import written
+
+    from edc_hub.work import Session, Store
+
+    root = tmp_path_factory.mktemp("run")
+    return written(root / "dataset", Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu")))

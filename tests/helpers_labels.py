@@ -1,11 +1,14 @@
 """Small observers with random weights, and a small labelled set, for the tests of what comes after synthesis."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
+from edc_hub import condensed, labels
 from edc_hub.recipe import Recipe
+from edc_hub.work import Session
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -70,3 +73,40 @@ def real(classes: int) -> SimpleNamespace:
     """What the writer of a set asks of the real set."""
     names = [f"class {i}" for i in range(classes)]
     return SimpleNamespace(names=names, id="toys/blocks", commit="c0ffee" * 6 + "0000", fingerprint="f" * 16)
+
+
+CLASSES, IPC = 5, 2
+COUNT = CLASSES * IPC
+
+
+RELABEL = {"epochs": 2, "batch": 4, "rand_augment": 2, "shuffle": 2}
+
+
+def written(
+    folder: Path,
+    session: Session,
+    *,
+    images=None,
+    control=None,
+    size=16,
+    epochs: int = 2,
+    encoding: dict | None = None,
+) -> Path:
+    """A set of ten images with labels, written to `folder`."""
+    images = noise(COUNT, size) if images is None else images
+    relabel = {**RELABEL, "epochs": epochs}
+    given = recipe(IPC, relabel=relabel, images=encoding or {}, evaluation={"epochs": 2})
+    observers = Observers(CLASSES)
+    files = condensed.encode(images, given.images)
+    rows = torch.arange(COUNT).int().view(-1, 1)
+    condensed.write(
+        folder,
+        recipe=given,
+        files=files,
+        initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat([rows + 100, rows - 5], 1)),
+        real=real(CLASSES),
+        labels=labels.obtain(given, condensed.decode(files), observers, session),
+        observers=observers,
+        control=control,
+    )
+    return folder

@@ -30,6 +30,7 @@ RECIPE = {
     "relabel": {"epochs": 4, "batch": 10, "rand_augment": 2, "flip": False, "observers": ["plain@1", "wide"]},
 }
 FILES = ["dataset", "controls/initial", *(f"controls/random/{draw}" for draw in range(3))]
+ALL = ["--relabel.observers", "null"]
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
@@ -212,8 +213,8 @@ def refused(capsys, argv):
         (["--source.train_split", "training"], "source.train_split: "),
         (["--source.label_column", "digit"], "source.label_column: "),
         (["--relabel.observers", "[nobody]"], "relabel.observers: no observer 'nobody'"),
-        (["--observers.networks", "[{name: a, arch: resnet19}]"], "resnet19"),
-        (["--observers.networks", "[{name: a, arch: resnet18, weights: missing.safetensors}]"], "missing.safetensors"),
+        ([*ALL, "--observers.networks", "[{name: a, arch: resnet19}]"], "resnet19"),
+        ([*ALL, "--observers.networks", "[{name: a, arch: resnet18, weights: no.safetensors}]"], "no.safetensors"),
         (["--device", "cuda"], "device: cuda is asked for"),
     ],
 )

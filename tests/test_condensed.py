@@ -4,74 +4,25 @@ import hashlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from helpers_labels import Observers, noise, real, recipe
-from huggingface_hub import DatasetCard
+from helpers_labels import CLASSES, COUNT, IPC, RELABEL, Observers, noise, real, recipe, written
 from PIL import Image
 
 from edc_hub import CondensedSet, condensed, labels, tables
 from edc_hub.errors import InputError
 from edc_hub.recipe import Images
-from edc_hub.work import Session, Store
-
-
-CLASSES, IPC = 5, 2
-COUNT = CLASSES * IPC
-
-
-RELABEL = {"epochs": 2, "batch": 4, "rand_augment": 2, "shuffle": 2}
-
-
-def written(
-    folder: Path,
-    session: Session,
-    *,
-    images=None,
-    control=None,
-    size=16,
-    epochs: int = 2,
-    encoding: dict | None = None,
-) -> Path:
-    """A set of ten images with labels, written to `folder`."""
-    images = noise(COUNT, size) if images is None else images
-    relabel = {**RELABEL, "epochs": epochs}
-    given = recipe(IPC, relabel=relabel, images=encoding or {}, evaluation={"epochs": 2})
-    observers = Observers(CLASSES)
-    files = condensed.encode(images, given.images)
-    rows = torch.arange(COUNT).int().view(-1, 1)
-    condensed.write(
-        folder,
-        recipe=given,
-        files=files,
-        initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat([rows + 100, rows - 5], 1)),
-        real=real(CLASSES),
-        labels=labels.obtain(given, condensed.decode(files), observers, session),
-        observers=observers,
-        control=control,
-    )
-    return folder
 
 
 def content(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Path:
-    from accelerate import PartialState
-
-    root = tmp_path_factory.mktemp("run")
-    return written(root / "dataset", Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu")))
 
 
 @pytest.fixture
@@ -143,9 +94,10 @@ def test_a_folder_rewritten_in_place_is_read_anew(session, tmp_path, load):
 def test_equal_inputs_give_equal_bytes_also_in_another_process(dataset, tmp_path):
     program = (
         "import sys, torch; torch.set_num_threads(1); sys.path.insert(0, sys.argv[1])\n"
-        "from pathlib import Path; from accelerate import PartialState; import test_condensed as t\n"
+        "from pathlib import Path; from accelerate import PartialState; from edc_hub.work import Session, Store\n"
         "out = Path(sys.argv[2])\n"
-        "t.written(out / 'dataset', t.Session(t.Store(out / 'a'), PartialState(cpu=True), torch.device('cpu')))"
+        "from helpers_labels import written\n"
+        "written(out / 'dataset', Session(Store(out / 'a'), PartialState(cpu=True), torch.device('cpu')))"
     )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": str(here.parent), "PYTHONHASHSEED": "7"}
@@ -284,67 +236,6 @@ def test_labels_are_those_of_the_stored_jpeg_not_of_the_pixels_before_it(session
     assert not torch.equal(found.images, pixels)
     x = found.images.float() / 255
     torch.testing.assert_close((networks["a"](x) + networks["b"](x)) / 2, found.soft_labels, atol=1e-6, rtol=2**-10)
-
-
-def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
-    card = DatasetCard.load(dataset / "README.md")
-    data = card.data.to_dict()
-    assert data["license"] == "other" and data["task_categories"] == ["image-classification"]
-    assert data["size_categories"] == ["n<1K"] and data["source_datasets"] == ["extended|toys/blocks"]
-    assert "ipc-2" in data["tags"] and "dataset-distillation" in data["tags"]
-    assert [config["config_name"] for config in data["configs"]] == ["images", "soft_labels"]
-    assert data["configs"][0]["default"] is True
-    assert [info["splits"][0]["num_examples"] for info in data["dataset_info"]] == [10, 20]
-    for part in (
-        "assets/grid.png",
-        "https://huggingface.co/datasets/toys/blocks",
-        "## License",
-        "@inproceedings",
-        "75.0 %",
-    ):
-        assert part in card.text
-    assert not re.search(r"\{\{|\}\}|\{%|None|Undefined", card.text)
-
-
-def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
-    text = DatasetCard.load(dataset / "README.md").text
-    example = re.search(r"```python\n(import timm.*?)```", text, re.DOTALL)[1]
-    assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
-    check = "\nassert logits.shape == (10, 5) and torch.isfinite(loss)\nprint('trained', epoch + 1)"
-    env = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", example + check], env=env, cwd=dataset.parent, capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["trained", "2"], done.stderr
-
-
-def test_the_replay_of_the_card_runs(dataset, monkeypatch):
-    text = DatasetCard.load(dataset / "README.md").text
-    replay = re.search(r"```python\n(from edc_hub.*?)```", text, re.DOTALL)[1]
-    monkeypatch.chdir(dataset.parent)
-    names: dict = {}
-    exec(replay, names)
-    assert names["x"].shape == (COUNT, 3, 16, 16) and names["logits"].shape == (COUNT, CLASSES)
-
-
-@pytest.mark.parametrize("control", ["initial", "random"])
-def test_a_control_says_that_it_is_one(session, tmp_path, control):
-    folder = written(tmp_path / "dataset", session, control=control)
-    assert CondensedSet.load(folder).manifest["control"] == control
-    roles = [observer["roles"] for observer in CondensedSet.load(folder).manifest["observers"]]
-    assert roles == [["relabel"], ["relabel"]]  # nothing was synthesised here
-    title = DatasetCard.load(folder / "README.md").data.pretty_name
-    assert f"{control} images" in title and "condensed" not in title
-
-
-def test_the_grid_shows_each_start_beside_its_image(dataset):
-    sheet = np.asarray(Image.open(dataset / "assets/grid.png"))
-    start, final = noise(COUNT, 16, seed=7), noise(COUNT, 16)
-    assert sheet.shape == (CLASSES * 72, IPC * 136, 3)
-    tile = sheet[72 + 4 : 72 + 68, 136 + 4 : 136 + 132]  # class 1, second image
-    assert np.array_equal(tile[::4, :64:4], start[3].permute(1, 2, 0)) and np.array_equal(
-        tile[::4, 64::4], final[3].permute(1, 2, 0)
-    )
 
 
 def test_a_newer_format_is_refused_with_the_side_that_is_old(dataset, tmp_path):

@@ -32,7 +32,7 @@ class Real:
 
     def batches(self, rows, batch, *, view=None):
         self.views = view
-        for part in rows.split(batch):
+        for part in rows.split(batch) if len(rows) else ():
             yield self.pixels[part], self.labels[part], part
 
 

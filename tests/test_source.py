@@ -165,9 +165,6 @@ def test_the_holdout_is_a_stratified_fixed_part_of_training(tmp_path):
     assert "holdout" in message(tmp_path / "set", "holdout")
 
 
-# --- caches and fingerprints ----------------------------------------------------------------------------------------
-
-
 def test_two_folders_of_one_name_and_one_rewritten_in_place_give_their_own_rows(tmp_path):
     """`datasets` keys its cache by the basename and the globs of the README."""
     first, second = tmp_path / "x" / "dataset", tmp_path / "y" / "dataset"

@@ -179,7 +179,7 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
         run(Progress(tmp_path / "b", 0.0), stop=4)
     resumed, resumed_losses = run(Progress(tmp_path / "b", 0.0))
     assert torch.equal(undisturbed, resumed) and torch.equal(losses, resumed_losses)
-    assert losses[-1] < losses[0]
+    assert (undisturbed - synthesize.Pixels(made.source, session.device).to_z(images())).abs().max() > 0.1
 
 
 def target(net):
