@@ -95,7 +95,8 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
     clock = Clock(session)
     with clock("source"):
         real = source.load(recipe.source)
-        source.check_ipc(real, recipe.ipc)
+        initialize.check(recipe, real)
+        real.preload()
     if session.state.is_main_process:
         work.sweep(launch.artifacts(recipe))
         work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe)))
@@ -118,11 +119,15 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
 
 def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) -> Iterator[Pictures]:
     """What synthesis is held against: the images it started from, and draws of random real images."""
+    import torch
+
     from . import initialize, work
 
     yield Pictures("control initial", folder / "controls" / "initial", initial.images, initial, "initial")
-    for draw in range(recipe.relabel.random_draws):
-        rows = initialize.random_rows(real, recipe.ipc, work.generator(recipe.seed, "random", str(draw)))
+    generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
+    draws = [initialize.random_rows(real, recipe.ipc, generator) for generator in generators]
+    real.keep(torch.cat(draws))  # a stream is read once for all of them
+    for draw, rows in enumerate(draws):
         start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
         place = folder / "controls" / "random" / str(draw)
         yield Pictures(f"control random {draw}", place, start.images, start, "random")

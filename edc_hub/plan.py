@@ -5,14 +5,16 @@ Observers are built untrained, one batch of real images is decoded, and nothing 
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import condensed, launch, matching, observers, source, synthesize, views, work
+from . import condensed, initialize, launch, matching, observers, source, synthesize, views, work
 from .moments import Targets
 from .recipe import Recipe, selected
 from .source import RealSet
@@ -24,7 +26,7 @@ def dry_run(recipe: Recipe) -> None:
     """Prints the plan on stdout."""
     with TemporaryDirectory() as nothing, launch.session(recipe, Path(nothing)) as session:
         real = source.load(recipe.source)
-        source.check_ipc(real, recipe.ipc)
+        initialize.check(recipe, real)
         seconds = _seconds(recipe, real, session)
         if session.state.is_main_process:
             _print(recipe, real, seconds, session)
@@ -32,57 +34,49 @@ def dry_run(recipe: Recipe) -> None:
 
 def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float]:
     """Projected seconds of each stage on the processes at hand."""
-    rows = real.rows()
+    rows, classes, processes = real.rows(), len(real.names), session.state.num_processes
     generator = torch.Generator().manual_seed(0)
-    picked = rows[torch.randperm(len(rows), generator=generator)[: max(recipe.moments.batch, recipe.synthesize.block)]]
+    together = min(recipe.synthesize.block, classes * recipe.ipc)
+    picked = rows[torch.randperm(len(rows), generator=generator)[: max(recipe.moments.batch, together)]]
     images, labels, _ = next(iter(real.batches(picked.sort().values, len(picked))))
     images, labels = images.to(session.device), labels.to(session.device)
-    built = {net.name: observers.untrained(recipe, net, len(real.names), session) for net in recipe.observers.networks}
-    count, total = len(rows), len(real.names) * recipe.ipc
-    result = {}
+    networks = {net.name: observers.untrained(recipe, net, classes, session) for net in recipe.observers.networks}
+    size, total, count = len(images), classes * recipe.ipc, len(rows)
 
-    train = 0.0
-    for net in recipe.observers.networks:
-        if net.train is not None:
-            batch = slice(0, net.train.batch)
-            step = _clock(
-                lambda net=net, batch=batch: _train_step(built[net.name], images[batch], labels[batch]), session
-            )
-            train += step * net.train.epochs * count / min(net.train.batch, len(images))
-    result["observers"] = train / min(session.state.num_processes, max(1, len(built)))
+    def clock(call: Callable[..., object], *arguments: Any) -> float:
+        return _clock(partial(call, *arguments), session)
 
-    matched = selected(recipe, recipe.synthesize.observers) if recipe.synthesize.iterations else []
-    forward = {
-        name: _clock(lambda net=net: _forward(net, images), session) / len(images) for name, net in built.items()
-    }
-    taps = sum(
-        _clock(lambda name=name: _tapped(recipe, built[name], images), session) for name in {n for n, _ in matched}
-    )
-    result["moments"] = taps / len(images) * count / session.state.num_processes
+    look = {name: clock(_forward, network, images) / size for name, network in networks.items()}
 
-    scored = {"rded": recipe.initialize.images_per_class * recipe.initialize.crops, "kmeans": count / len(real.names)}
-    looks = scored.get(recipe.initialize.kind, 0) * len(real.names)
-    looking = sum(forward[name] for name, _ in selected(recipe, recipe.initialize.observers))
-    result["initialize"] = looks * looking / session.state.num_processes
+    def looks(entries: list[str] | None) -> float:
+        return sum(look[name] for name, _ in selected(recipe, entries))
 
-    if matched:
-        each = sum(
-            _clock(lambda n=name: _iteration(recipe, built[n], images, labels, session), session)
-            for name, _ in matched
-        )
-        blocks = -(-total // recipe.synthesize.block)
-        share = -(-blocks // session.state.num_processes)  # the busiest process
-        result["synthesize"] = each / len(matched) * recipe.synthesize.iterations * share
-    else:
-        result["synthesize"] = 0.0
+    training = [net for net in recipe.observers.networks if net.train is not None]
+    steps = {net.name: net.train.epochs * count / min(net.train.batch, size) for net in training}
+    batches = {net.name: (images[: net.train.batch], labels[: net.train.batch]) for net in training}
+    trained = sum(clock(_train_step, networks[name], *batches[name]) * number for name, number in steps.items())
 
-    labelling = sum(forward[name] for name, _ in selected(recipe, recipe.relabel.observers))
-    table = views.sample(recipe.relabel, torch.arange(len(images)), real.size, generator)
-    size = recipe.relabel.view_size or real.size
-    labelling += _clock(lambda: views.apply(images, table, size), session) / len(images)
+    start = recipe.initialize
+    scored = {"rded": classes * start.images_per_class * start.crops, "kmeans": classes * start.images_per_class}
+
+    section = recipe.synthesize
+    matched = [name for name, _ in selected(recipe, section.observers)] if section.iterations else []
+    measured = sum(clock(_tapped, recipe, networks[name], images) for name in set(matched)) / size
+    block = images[:together], labels[:together].sort().values
+    each = sum(clock(_iteration, recipe, networks[name], *block, session) for name in matched) / max(1, len(matched))
+    blocks = -(-total // section.block)
+    busiest = -(-blocks // processes)
+
+    table = views.sample(recipe.relabel, torch.arange(size), real.size, generator)
+    viewed = clock(views.apply, images, table, recipe.relabel.view_size or real.size) / size
     sets = 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
-    result["relabel"] = labelling * recipe.relabel.epochs * total * sets / session.state.num_processes
-    return result
+    return {
+        "observers": trained / max(1, min(processes, len(training))),
+        "moments": measured * count / processes,
+        "initialize": looks(start.observers) * scored.get(start.kind, 0) / processes,
+        "synthesize": each * section.iterations * busiest,
+        "relabel": (looks(recipe.relabel.observers) + viewed) * recipe.relabel.epochs * total * sets / processes,
+    }
 
 
 def _clock(call: Callable[[], object], session: Session) -> float:
@@ -116,24 +110,14 @@ def _train_step(network, images: Tensor, labels: Tensor) -> None:
 
 def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session: Session) -> None:
     section = recipe.synthesize.model_copy(update={"iterations": 1})
-    block = slice(0, section.block)
-    images, labels = images[block], labels[block].sort().values
     taps = Taps(network, patch=recipe.moments.patch, layers=section.layers)
     with torch.no_grad(), taps:
         network(images.float() / 255)
     first, second = taps.collect()
     mean, var = matching.group(first, second, taps.shift, torch.full((1, len(images)), 1 / len(images)).to(first))
     present = labels.unique().cpu()
-    targets = Targets(
-        taps.layout,
-        mean[0],
-        var[0],
-        present,
-        mean.expand(len(present), -1),
-        var.expand(len(present), -1),
-        mean[0],
-        var[0],
-    )
+    of_classes = mean.expand(len(present), -1), var.expand(len(present), -1)
+    targets = Targets(taps.layout, mean[0], var[0], present, *of_classes, mean[0], var[0])
     observed = [synthesize.Observed(network, targets, labels.cpu(), recipe)]
     one = recipe.model_copy(update={"synthesize": section})
     progress = work.Progress(Path("/nonexistent"), float("inf"))
@@ -148,17 +132,15 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
     row = sum(column[0].numel() * column.element_size() for column in view.values())
     label_bytes = total * recipe.relabel.epochs * (row + 2 * classes)
     print(f"{real.id}: {classes} classes, {len(real.rows())} training images at {real.size} px")
-    print(
-        f"run folder: {launch.run_folder(recipe)}   processes: {session.state.num_processes}   device: {session.device}"
-    )
+    processes, device = session.state.num_processes, session.device
+    print(f"run folder: {launch.run_folder(recipe)}   processes: {processes}   device: {device}")
     print(f"\n{'stage':<14}{'projected':>12}")
     for stage, value in seconds.items():
         print(f"{stage:<14}{_human(value):>12}")
     print(f"{'total':<14}{_human(sum(seconds.values())):>12}")
     print(f"\n{'images':<14}{total:>12} images{image_bytes / 2**20:>12.1f} MiB")
-    print(
-        f"{'soft_labels':<14}{total * recipe.relabel.epochs:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed"
-    )
+    views_made = total * recipe.relabel.epochs
+    print(f"{'soft_labels':<14}{views_made:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
 
 
 def _human(seconds: float) -> str:
