@@ -1,4 +1,4 @@
-"""Soft labels: the mean of the observers' raw logits over views of the published images.
+"""Soft labels: the mean of the observers' raw logits over views of the published images (EDC section 3.2, Eq. 4).
 
 One label epoch, a view of every image, is one unit of work. Labels are computed from the images as they are stored,
 encoded and decoded, so that a reader of the set sees what the observers saw.

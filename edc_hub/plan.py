@@ -118,7 +118,7 @@ def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session:
     present = labels.unique().cpu()
     of_classes = mean.expand(len(present), -1), var.expand(len(present), -1)
     targets = Targets(taps.layout, mean[0], var[0], present, *of_classes, mean[0], var[0])
-    observed = [synthesize.Observed(network, targets, labels.cpu(), recipe)]
+    observed = [synthesize.Observed(network, targets, labels.cpu(), recipe, session)]
     one = recipe.model_copy(update={"synthesize": section})
     progress = work.Progress(Path("/nonexistent"), float("inf"))
     synthesize.optimise(images, labels, observed, one, session, torch.Generator(), progress)

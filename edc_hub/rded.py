@@ -1,4 +1,4 @@
-"""RDED's selector and EDC's variant of it: crops that networks find easy, tiled to images (edc.md 1.2)."""
+"""RDED's selector and EDC's variant of it: crops that networks find easy, tiled to images (EDC section 3.2, Eq. 3)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

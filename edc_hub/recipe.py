@@ -131,7 +131,7 @@ class Observers(Section):
 
 
 class Moments(Section):
-    """Per-class moments of the inputs of the observers' layers over the real set (spec of the targets: Eq. 4-5)."""
+    """Per-class moments of the inputs of the observers' layers over the real set (EDC section 3.2, Eq. 2 and 5)."""
 
     batch: Positive = Field(64, description="images a forward pass")
     rows: Positive = Field(4096, description="rows a unit of work")
@@ -163,7 +163,7 @@ class Initialize(Section):
 
 
 class Flatness(Section):
-    """Flatness regularisation, EDC section 3.3."""
+    """Flatness regularisation, EDC section 3.2, Eq. 7."""
 
     kind: Literal["none", "logits"] = Field("none", description="logits: L'_FR, to the logits of the averaged images")
     weight: Rate = Field(0.25, description="weight of the term (Table 4)")

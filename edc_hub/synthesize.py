@@ -107,8 +107,8 @@ def crop_box(size: int, area: Sequence[float], generator: torch.Generator) -> tu
 class Observed:
     """One observer in one block: its network with taps on the layers, and the matcher that holds its targets."""
 
-    def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe):
-        self.network = network
+    def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe, session: Session):
+        self.network, self.autocast = network, session.autocast
         self.taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
         self.taps.shift = targets.global_mean
         self.matcher = Matcher(targets, recipe.synthesize, labels)
@@ -120,12 +120,12 @@ class Observed:
 
         `averaged` is the same view of the averaged images, where flatness asks for it.
         """
-        with self.taps:
+        with self.autocast(), self.taps:
             logits = self.network(x).float()
         loss = F.cross_entropy(logits, labels)
         loss = loss + section.weight * self.matcher(*self.taps.collect(), generator)
         if averaged is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.autocast():
                 target = self.network(averaged).float()
             loss = loss + section.flatness.weight * matching.flatness(logits, target, section.flatness)
         if section.densification.weight:
@@ -169,10 +169,8 @@ def optimise(
         flat = section.flatness.kind == "logits"
         if flat:
             average.lerp_(z.detach(), 1 - section.flatness.beta)
-        with session.autocast():
-            loss = observed[step % len(observed)].loss(
-                crop(pixels.to_x(z)), crop(pixels.to_x(average)) if flat else None, labels, section, generator
-            )
+        x, averaged = crop(pixels.to_x(z)), crop(pixels.to_x(average)) if flat else None
+        loss = observed[step % len(observed)].loss(x, averaged, labels, section, generator)
         (z.grad,) = torch.autograd.grad(loss, z)
         adam.step()
         pixels.clamp(z)
@@ -210,29 +208,43 @@ def _restore(progress, z, average, adam, losses, observed, generator) -> int:
     return int(saved["step"])
 
 
-def local_targets(
-    targets: Targets, network: Network, real: RealSet, counts: Tensor, recipe: Recipe, generator: torch.Generator
-) -> Targets:
-    """Targets whose class form is the statistics of freshly drawn real images of the block's classes.
+def local_images(real: RealSet, counts: Tensor, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Freshly drawn real images of a block's classes, and what each counts in the block's statistics.
 
-    `class_scope: local`, edc.md 1.4: `local_images` rows a class, weighted by the classes' shares of the block.
+    Args:
+        counts: int64 (C,), images of each class in the block.
+        each: real images drawn of each of these classes, fewer where a class has fewer.
+
+    Returns:
+        uint8 (n, 3, s, s) and float32 (n,), which sums to 1: each class has its share of the block.
     """
     rows, weights = [], []
     for label in counts.nonzero().flatten().tolist():
         of_class = real.rows(label)
-        drawn = of_class[torch.randperm(len(of_class), generator=generator)[: recipe.synthesize.local_images]]
+        drawn = of_class[torch.randperm(len(of_class), generator=generator)[:each]]
         rows.append(drawn)
-        weights.append(torch.full((len(drawn),), counts[label] / counts.sum() / len(drawn)))
+        weights.append(torch.full((len(drawn),), float(counts[label]) / float(counts.sum()) / len(drawn)))
+    return real.images(torch.cat(rows)), torch.cat(weights)
+
+
+def local_targets(
+    targets: Targets, network: Network, images: Tensor, weights: Tensor, recipe: Recipe, session: Session
+) -> Targets:
+    """`targets` with the class form of `class_scope: local`: the statistics of these real images together.
+
+    The alternative that the released code has under this name; the global form stays as it is.
+    """
     taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
     taps.shift = targets.global_mean
-    device = targets.global_mean.device
-    weights, first, second = torch.cat(weights).to(device), [], []
-    for images, _, _ in real.batches(torch.cat(rows), recipe.moments.batch):
-        with torch.no_grad(), taps:
-            network(images.to(device).float() / 255)
-        a, b = taps.collect()
-        first.append(a), second.append(b)
-    mean, var = matching.group(torch.cat(first), torch.cat(second), targets.global_mean, weights[None])
+    first, second = [], []
+    for part in images.split(recipe.moments.batch):
+        with torch.no_grad(), session.autocast(), taps:
+            network(part.to(session.device).float() / 255)
+        moments = taps.collect()
+        first.append(moments[0])
+        second.append(moments[1])
+    weights = weights.to(session.device)[None]
+    mean, var = matching.group(torch.cat(first), torch.cat(second), targets.global_mean, weights)
     return targets._replace(mixture_mean=mean[0], mixture_var=var[0])
 
 
@@ -261,14 +273,15 @@ def obtain(
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         ids = blocks[units.index(unit)]
         counts = torch.bincount(labels[ids], minlength=len(real.names))
-        observed = []
+        observed, local = [], section.class_scope == "local"
+        drawn = local_images(real, counts, section.local_images, generator) if local else ()
         for name, epoch in chosen:
             if (name, epoch) not in networks:
                 networks[name, epoch] = observers.load(name, epoch)
             targets = moments.targets(name, epoch, counts)
-            if section.class_scope == "local":
-                targets = local_targets(targets, networks[name, epoch], real, counts, recipe, generator)
-            observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe))
+            if local:
+                targets = local_targets(targets, networks[name, epoch], *drawn, recipe, session)
+            observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe, session))
         z, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
         return {"images": Pixels(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
 

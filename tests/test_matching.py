@@ -38,7 +38,7 @@ def moments(given, seed=9, count=6):
 
 
 def slow(given, section, mean, var, class_mean, class_var, dropped=()):
-    """Eq. 4-5 spelled out, one layer, one segment, one class at a time. Statistics float64 (F,) and (3, F)."""
+    """Eq. 2 and 5 spelled out, one layer, one segment, one class at a time. Statistics float64 (F,) and (3, F)."""
     names = list(dict.fromkeys(s.name for s in given.layout.segments))
     total = 0.0
     for number, name in enumerate(names):

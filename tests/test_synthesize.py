@@ -1,5 +1,6 @@
 """Synthesis: the loop, in normalised space, against slow references; resume inside a block."""
 
+import copy
 import math
 
 import pytest
@@ -47,7 +48,9 @@ def test_ten_adam_steps_are_those_of_a_reference_on_normalised_pixels(session, t
     labels, made = torch.tensor([0, 1, 2, 3]), recipe()
     observed = [Smooth(0), Smooth(1), Smooth(2)]
     generator = work.generator(0, "blocks", "b")
-    z, losses = synthesize.optimise(images(), labels, observed, made, session, generator, Progress(tmp_path / "p", 1e9))
+    z, losses = synthesize.optimise(
+        images(), labels, observed, made, session, generator, Progress(tmp_path / "p", 1e9)
+    )
 
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     expected = (images().double() / 255 - mean) / std
@@ -152,15 +155,10 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
     keys = {"crop_area": [0.3, 1.0], "flip": True, "drop_rate": 0.3, "flatness": {"kind": flatness}}
     made = recipe(iterations=9, **keys)
     labels = torch.tensor([0, 0, 1, 1])
-    nets = [
-        networks.build(
-            "convnet", 10, args={"depth": 2, "width": 8, "norm": norm}, image_size=8, mean=MEAN, std=STD, seed=1
-        )
-        for norm in ("batch", "instance")
-    ]
+    nets = [network("batch"), network("instance")]
 
     def run(progress, stop=None):
-        observed = [synthesize.Observed(net.eval().requires_grad_(False), target(net), labels, made) for net in nets]
+        observed = [synthesize.Observed(net, target(net), labels, made, session) for net in nets]
         if stop is not None:
             loss, calls = observed[0].loss, []
 
@@ -180,6 +178,63 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
     resumed, resumed_losses = run(Progress(tmp_path / "b", 0.0))
     assert torch.equal(undisturbed, resumed) and torch.equal(losses, resumed_losses)
     assert (undisturbed - synthesize.Pixels(made.source, session.device).to_z(images())).abs().max() > 0.1
+
+
+class Fifty:
+    """A real set of 50 images of 5 classes, row r of class r % 5."""
+
+    labels = torch.arange(50) % 5
+
+    def rows(self, label):
+        return (self.labels == label).nonzero().flatten()
+
+    def images(self, rows):
+        return images(50, seed=4)[rows]
+
+
+def test_local_images_are_drawn_of_the_blocks_classes_and_count_as_the_block_does():
+    counts = torch.tensor([0, 3, 0, 1, 0])
+    drawn, weights = synthesize.local_images(Fifty(), counts, 6, torch.Generator().manual_seed(0))
+    assert drawn.shape == (12, 3, 8, 8)
+    everything = images(50, seed=4)
+    found = [next(r for r in range(50) if torch.equal(everything[r], image)) for image in drawn]
+    assert [row % 5 for row in found] == [1] * 6 + [3] * 6 and len(set(found)) == 12
+    torch.testing.assert_close(weights, torch.tensor([0.75 / 6] * 6 + [0.25 / 6] * 6))
+
+
+def test_local_targets_are_the_statistics_of_the_drawn_images_and_leave_the_global_form_alone(session):
+    made = recipe(class_scope="local", layers=["conv"])
+    net = network("batch")
+    given = target(net)._replace(layout=None)
+    columns = torch.cat([torch.arange(s.start, s.start + s.length) for s in taps_of(net).segments if s.kind == "conv"])
+    given = given._replace(global_mean=given.global_mean[columns], global_var=given.global_var[columns])
+    pixels, weights = images(9, seed=5), torch.rand(9, generator=torch.Generator().manual_seed(0))
+    weights = weights / weights.sum()
+    found = synthesize.local_targets(given, net, pixels, weights, made, session)
+    seen = []
+    exact = copy.deepcopy(net).double()
+    for layer in exact.module.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    exact(pixels.double() / 255)
+    share = weights.double()[:, None]
+    mean = torch.cat([(share * h.mean((2, 3))).sum(0) for h in seen])
+    square = torch.cat([(share * h.square().mean((2, 3))).sum(0) for h in seen])
+    torch.testing.assert_close(found.mixture_mean.double(), mean, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.mixture_var.double(), square - mean**2, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.global_mean, given.global_mean) and torch.equal(found.global_var, given.global_var)
+
+
+def network(norm):
+    args = {"depth": 2, "width": 8, "norm": norm}
+    net = networks.build("convnet", 10, args=args, image_size=8, mean=MEAN, std=STD, seed=1)
+    return net.eval().requires_grad_(False)
+
+
+def taps_of(net):
+    from edc_hub.taps import Taps
+
+    return Taps(net, patch=4).layout
 
 
 def target(net):

@@ -1,0 +1,105 @@
+"""Every design choice, through the whole job on real digits: each runs, and each changes what it should."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+from test_condense import RECIPE
+
+from edc_hub import condense
+from edc_hub.condensed import CondensedSet
+
+
+BASE = copy.deepcopy(RECIPE)
+BASE["synthesize"] = {"iterations": 6, "block": 10, "weight": 0.1, "flatness": {"kind": "none"}}
+BASE["relabel"] = {"epochs": 2, "batch": 10, "controls": False, "flip": False}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("choices")
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    made(folder, "base")
+    return folder
+
+
+def made(runs, name, *overrides):
+    common = ["--output_dir", str(runs / name), "--threads", "1", "--device", "cpu"]
+    assert condense.main([str(runs / "base.yaml"), *common, *overrides]) == 0
+    return CondensedSet.load(runs / name / "dataset")
+
+
+SYNTHESIS = {
+    "per_class": ["--synthesize.class_scope", "per_class"],
+    "local": ["--synthesize.class_scope", "local"],
+    "plain matching": ["--synthesize.alpha", "1.0"],
+    "class form alone": ["--synthesize.alpha", "0.0"],
+    "exact": ["--moments.target", "exact"],
+    "finite": ["--moments.target", "finite"],
+    "pass": ["--moments.bn_target", "pass"],
+    "augmented moments": ["--moments.augment", "pad_crop", "--moments.pad", "1"],
+    "small patches": ["--moments.patch", "2"],
+    "flatness": ["--synthesize.flatness.kind", "logits", "--synthesize.flatness.weight", "20.0"],
+    "densification": ["--synthesize.densification.weight", "100.0"],
+    "jitter": ["--synthesize.jitter", "2"],
+    "drop": ["--synthesize.drop_rate", "0.5"],
+    "bn": ["--synthesize.layers", "[bn]", "--synthesize.observers", "[plain]"],
+    "ema": ["--synthesize.ema", "0.0"],
+    "first layer": ["--synthesize.first_layer", "1.0"],
+    "across classes": ["--synthesize.block_order", "across_class"],
+    "early observer": ["--synthesize.observers", "[plain@1]"],
+    "kmeans": ["--initialize.kind", "kmeans", "--initialize.images_per_class", "40"],
+    "rded": ["--initialize.kind", "rded", "--initialize.images_per_class", "12", "--initialize.factor", "2"],
+    "edc's selector": [
+        *["--initialize.kind", "rded", "--initialize.variant", "edc", "--initialize.images_per_class", "12"]
+    ],
+    "noise": ["--initialize.kind", "noise"],
+    "another seed": ["--seed", "1"],
+    "no synthesis": ["--synthesize.iterations", "0"],
+}
+
+
+@pytest.mark.parametrize("name", SYNTHESIS)
+def test_a_choice_of_synthesis_changes_the_images(runs, name):
+    base, other = CondensedSet.load(runs / "base" / "dataset"), made(runs, name, *SYNTHESIS[name])
+    assert other.images.shape == base.images.shape == (20, 3, 8, 8)
+    changed = (other.images != base.images).flatten(1).any(1)
+    assert changed.float().mean() > 0.5
+    assert torch.equal(other.labels, base.labels)
+
+
+LABELS = {
+    "batch statistics": ["--relabel.observer_mode", "batch"],
+    "mixup": ["--relabel.mix", "mixup"],
+    "unmixed": ["--relabel.mix", "none"],
+    "a box each": ["--relabel.mix_shared", "sample"],
+    "RandAugment": ["--relabel.rand_augment", "2"],
+    "shuffle": ["--relabel.shuffle", "2"],
+    "early observers": ["--relabel.observers", "[plain@1]"],
+    "mirrored": ["--relabel.flip", "true"],
+    "small crops": ["--relabel.crop_area", "[0.1, 0.3]"],
+}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_a_choice_of_labels_changes_them_and_not_the_images(runs, name):
+    base, other = CondensedSet.load(runs / "base" / "dataset"), made(runs, name, *LABELS[name])
+    assert torch.equal(other.images, base.images)
+    assert not torch.equal(other.views(0)[1], base.views(0)[1])
+    mean_moves = name in ("batch statistics", "early observers")
+    assert torch.equal(other.soft_labels, base.soft_labels) != mean_moves
+
+
+def test_smaller_views_are_replayed_at_their_size(runs):
+    assert made(runs, "views", "--relabel.view_size", "6").replay(1).shape == (20, 3, 6, 6)
+
+
+def test_a_holdout_row_is_never_a_source_row(runs):
+    from edc_hub import source
+    from edc_hub.recipe import Source
+
+    kept = source.load(Source(path="sklearn/digits", size=8, holdout=0.5), "holdout").rows().tolist()
+    held = made(runs, "held", "--source.holdout", "0.5")
+    used = {row for rows in held._rows["source_rows"].to_pylist() for row in rows}
+    assert used and not used & set(kept)
