@@ -86,7 +86,7 @@ def synthesis_step(names: list[str], flat: bool) -> tuple[Step, Step]:
     recipe = Recipe.model_validate({"source": {"size": SIZE, "mean": MEAN, "std": STD}, "synthesize": section})
     section, labels, start = recipe.synthesize, torch.arange(10).repeat_interleave(10), images(100)
     made = [build(name) for name in names]
-    observed = [synthesize.Observed(network, targets(network, labels), labels, recipe) for network in made]
+    observed = [synthesize.Observed(network, targets(network, labels), labels, recipe, SESSION) for network in made]
     pixels = synthesize.Pixels(recipe.source, SESSION.device)
     z = pixels.to_z(start).requires_grad_()
     average = z.detach().clone()

@@ -6,6 +6,7 @@ Six stages, each an artefact that the next reads: observers, moments, initial im
 dataset folder. The same command again goes on where it was; on several processes it gives the same bytes.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -15,12 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import yaml
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import launch, recipes
-from .errors import InputError
 from .recipe import Recipe
 
 
@@ -60,32 +58,12 @@ def command(argv: list[str]) -> None:
         plan.dry_run(recipe)
         return
     folder = launch.run_folder(recipe)
-    refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+    launch.refuse_what_is_not_ours(folder)
+    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
         dataset = condense(recipe, folder, session)
         if session.state.is_main_process:
             print(dataset)
-
-
-def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
-    """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ."""
-    if not path.is_file():
-        return
-    theirs, ours = (_flat(yaml.safe_load(text)) for text in (path.read_text(), recipes.published(recipe)))
-    changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
-    if changed:
-        more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
-        raise InputError(
-            f"output_dir: {path.parent} is finished and differs in {', '.join(changed[:3])}{more}; give this run "
-            "another output_dir (what both share is found again beside it)"
-        )
-
-
-def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
@@ -99,7 +77,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
         real.preload()
     if session.state.is_main_process:
         work.sweep(launch.artifacts(recipe))
-        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe)))
+        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     with clock("moments"):
@@ -108,12 +86,15 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
         initial = initialize.obtain(recipe, real, watching, session)
     with clock("synthesize"):
         images = synthesize.obtain(recipe, real, watching, targets, initial, session)
-    made = Pictures("relabel", folder / "dataset", images, initial, None)
-    for pictures in [made, *(controls(recipe, real, initial, folder) if recipe.relabel.controls else [])]:
+    made, wrote = Pictures("relabel", folder / "dataset", images, initial, None), False
+    others = controls(recipe, real, initial, folder) if recipe.relabel.controls else []
+    for pictures in itertools.chain([made], others):  # one at a time in memory
         with clock(pictures.label):
-            label_and_write(recipe, real, watching, pictures, session)
+            wrote |= label_and_write(recipe, real, watching, pictures, session)
     if session.state.is_main_process:
-        finish(recipe, real, clock, folder, session)
+        if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
+            write_facts(real, clock, folder, session)
+        say_where(recipe, real, made.place, session)
     return made.place
 
 
@@ -135,14 +116,15 @@ def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) 
 
 def label_and_write(
     recipe: Recipe, real: "RealSet", watching: "Observers", pictures: Pictures, session: "Session"
-) -> None:
-    """Encodes the images, labels what a reader will decode, and writes the dataset folder."""
+) -> bool:
+    """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
     from . import condensed, labels
 
     files = condensed.encode(pictures.images, recipe.images)
     soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label)
+    wrote = False
     if session.state.is_main_process:
-        condensed.write(
+        wrote = condensed.write(
             pictures.place,
             recipe=recipe,
             files=files,
@@ -152,7 +134,8 @@ def label_and_write(
             observers=watching,
             control=pictures.control,
         )
-    session.state.wait_for_everyone()
+    session.wait()
+    return wrote
 
 
 class Clock:
@@ -169,8 +152,8 @@ class Clock:
         self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
 
 
-def finish(recipe: Recipe, real: "RealSet", clock: Clock, folder: Path, session: "Session") -> None:
-    """Writes run.json, what was measured, and says where the set is and how to load it."""
+def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session") -> None:
+    """Writes run.json, what was measured."""
     import resource
 
     import torch
@@ -191,7 +174,10 @@ def finish(recipe: Recipe, real: "RealSet", clock: Clock, folder: Path, session:
         "python": platform.python_version(),
     }
     work.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
-    dataset = folder / "dataset"
+
+
+def say_where(recipe: Recipe, real: "RealSet", dataset: Path, session: "Session") -> None:
+    """Says where the set is, its size, and how to load it."""
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     count = len(real.names) * recipe.ipc
     session.report(

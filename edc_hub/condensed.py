@@ -46,7 +46,7 @@ def encode(images: Tensor, section: Images) -> list[bytes]:
         kind, options = section.format, {"quality": section.quality}
         if kind == "jpeg":
             options["subsampling"] = 0  # full-size colour planes
-    return [_encode(pixels, kind, options) for pixels in images.permute(0, 2, 3, 1).contiguous().numpy()]
+    return [_encode(pixels.permute(1, 2, 0).contiguous().numpy(), kind, options) for pixels in images]
 
 
 def _encode(pixels: np.ndarray, kind: str, options: dict[str, Any]) -> bytes:
@@ -57,8 +57,13 @@ def _encode(pixels: np.ndarray, kind: str, options: dict[str, Any]) -> bytes:
 
 def decode(files: Iterable[bytes]) -> Tensor:
     """Images of encoded files: uint8 (N, 3, s, s)."""
-    pixels = [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    files, images = list(files), torch.empty(0)
+    for index, file in enumerate(files):
+        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))).permute(2, 0, 1)
+        if index == 0:
+            images = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)  # once: ImageNet's are 7.5 GB
+        images[index] = pixels
+    return images
 
 
 def write(
@@ -71,8 +76,8 @@ def write(
     labels: Labels,
     observers: "Observers",
     control: str | None = None,
-) -> None:
-    """Writes the dataset folder, or leaves it alone if it holds this very set.
+) -> bool:
+    """Writes the dataset folder, or leaves it alone if it holds this very set. Returns whether it wrote.
 
     Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
     observers: those of the run, for their facts; control: `initial` or `random` for a control set.
@@ -88,10 +93,10 @@ def write(
         files=[hashlib.sha256(file).hexdigest() for file in files],
         source_rows=initial.source_rows.tolist(),
     )
-    if _holds(folder, known["fingerprint"]):
-        return
     for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
+    if _holds(folder, known["fingerprint"]):
+        return False
     part = work.temporary(folder)
     try:
         rows = {
@@ -107,6 +112,7 @@ def write(
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
         _write_text(part / "README.md", card.render(facts, recipe.evaluation, data, folder.name))
         _replace(part, folder)
+        return True
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -17,8 +17,17 @@ def cache() -> Path:
 
 
 def files(folder: Path) -> list[Path]:
-    """Every file below `folder`, sorted."""
-    return sorted(Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    """Every file below `folder`, sorted; linked folders too, as `datasets` reads them. A link to nothing is none."""
+    found, seen = [], set()
+    for root, inside, names in os.walk(folder, followlinks=True):
+        here = os.stat(root)
+        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above
+            inside.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        inside.sort()
+        found += [Path(root) / name for name in names]
+    return sorted(file for file in found if file.exists())
 
 
 def cache_of(folder: Path) -> Path:

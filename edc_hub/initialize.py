@@ -1,7 +1,7 @@
 """What each condensed image starts from: real images, RDED's crops, images nearest to cluster centres, or noise.
 
-Each kind picks row numbers of the real set and remembers them. The first k images of a class are a usable set of k
-images a class, whatever the kind.
+Real image initialisation, EDC section 3.2, Eq. 3. Each kind picks row numbers of the real set and remembers them. The
+first k images of a class are a usable set of k images a class, whatever the kind.
 """
 
 from functools import cache
@@ -84,9 +84,10 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
 def check(recipe: Recipe, real: RealSet) -> None:
     """Raises InputError where the classes, the observers or the keys cannot give the initial images asked for."""
     section, need = recipe.initialize, recipe.ipc
+    # noise starts from no image, but its moments need one of each class, and the random controls as many as the set
+    check_ipc(real, 1 if section.kind == "noise" and not recipe.relabel.controls else recipe.ipc)
     if section.kind == "noise":
         return
-    check_ipc(real, recipe.ipc)
     if section.kind in ("rded", "kmeans") and not recipe.observers.networks:
         raise InputError(f"initialize.kind: {section.kind} needs an observer; list one in observers.networks")
     if section.kind == "kmeans" and len(section.observers or [0]) > 1:

@@ -1,15 +1,19 @@
 """From a command line to a running process: status codes, devices, threads, the process group."""
 
 import ctypes
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-from .errors import InputError
+from . import recipes
+from .errors import InputError, OtherStopped
 from .recipe import Recipe
 
 
@@ -19,8 +23,13 @@ def status(command: Callable[[], None]) -> int:
         command()
         sys.stdout.flush()
     except InputError as error:
-        print(f"edc-hub: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        message = f"edc-hub: error: {' '.join(str(error).split())}"
+        print(message, file=sys.stderr, flush=True)
+        _tell_launcher(message)
         return 2
+    except OtherStopped:
+        print("edc-hub: another process of this run has stopped; its message says why", file=sys.stderr, flush=True)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left; say nothing at exit
         return 0
@@ -33,6 +42,17 @@ def status(command: Callable[[], None]) -> int:
     return 0
 
 
+def _tell_launcher(message: str) -> None:
+    """Leaves the message where torchrun looks for it, so that the last lines it prints say what is wrong."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        content = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+        try:
+            Path(file).write_text(json.dumps({"message": content}), encoding="utf-8")
+        except OSError:
+            pass  # it is on stderr already
+
+
 def is_first() -> bool:
     """Whether this is the process that reports and locks; known before the process group starts."""
     return os.environ.get("RANK", "0") == "0"
@@ -40,12 +60,45 @@ def is_first() -> bool:
 
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run, `runs/<name>-<method>-ipc<ipc>` unless `output_dir` says otherwise."""
-    return Path(recipe.output_dir or f"runs/{recipe.name}-{recipe.method}-ipc{recipe.ipc}")
+    return Path(recipe.output_dir or f"runs/{recipe.name}-{recipe.method}-ipc{recipe.ipc}").expanduser()
 
 
 def artifacts(recipe: Recipe) -> Path:
     """What runs share: the folder `artifacts` beside the run."""
     return run_folder(recipe).parent / "artifacts"
+
+
+def refuse_what_is_not_ours(folder: Path) -> None:
+    """A run replaces its own files and nobody else's. Raises InputError naming what it did not make."""
+    sets = [folder / "dataset", folder / "controls/initial", *sorted((folder / "controls/random").glob("*"))]
+    filled = [place for place in sets if place.is_dir() and any(place.iterdir())]
+    others = [place for place in filled if not (place / "manifest.json").exists()]
+    file = folder / "recipe.yaml"
+    if file.is_file() and recipes.load(file).get("resolved") is not True:
+        others.append(file)
+    if others:
+        raise InputError(f"output_dir: {others[0]} is not of a run and would be replaced; choose another output_dir")
+
+
+def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
+    """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ."""
+    if not path.is_file():
+        return
+    theirs, ours = _flat(recipes.load(path)), _flat(recipes.read(recipes.published(recipe), "recipe"))
+    changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    if changed:
+        more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
+        raise InputError(
+            f"output_dir: {path.parent} is finished and differs in {', '.join(changed[:3])}{more}; give this run "
+            "another output_dir (what both share is found again beside it)"
+        )
+
+
+def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 @contextmanager
@@ -72,24 +125,24 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
         raise InputError("device: cuda is asked for and torch sees none; write --device cpu or --device auto")
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     # accelerate and torchrun leave one thread a process on a CPU machine
-    torch.set_num_threads(recipe.threads or max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(recipe.threads or max(1, cores // local))
     _quiet()
     if cpu:
         keep_freed_memory()
     options = {"timeout": timedelta(days=7)} if "RANK" in os.environ else {}
     state = PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and options else {}), **options)
-    try:
-        yield Session(
-            store=Store(store_root),
-            state=state,
-            device=state.device,
-            dtype=getattr(torch, recipe.precision),
-            checkpoint_seconds=recipe.checkpoint_seconds,
-            progress_bars=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
-        )
-    finally:
-        state.destroy_process_group()
+    yield Session(
+        store=Store(store_root),
+        state=state,
+        device=state.device,
+        dtype=getattr(torch, recipe.precision),
+        checkpoint_seconds=recipe.checkpoint_seconds,
+        progress_bars=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
+    )
+    # not after an error: others may be in a barrier, to be ended by the launcher, and NCCL would wait for them here
+    state.destroy_process_group()
 
 
 def keep_freed_memory() -> None:

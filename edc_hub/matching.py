@@ -1,7 +1,5 @@
 """The terms of the synthesis loss, one function each (EDC section 3.2 and 3.3, Eq. 4-5; G-VBSM's densification)."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,22 +9,26 @@ from .recipe import Flatness, Synthesize
 from .taps import Layout
 
 
-def group(first: Tensor, second: Tensor, shift: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def group(first: Tensor, second: Tensor, shift: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of groups of images, both (G, F).
 
     Args:
         first, second: float32 (B, F), moments of each image about `shift`: E[h - s], E[(h - s)^2].
         shift: float32 (F,).
-        weights: float32 (G, B), what each image counts in each group; rows sum to 1.
+        weights: float32 (G, B), what each image counts in each group; rows sum to 1. None: one group, all alike,
+            whose gradient the taps recognise as the same for every image.
     """
-    mean, square = weights @ first, weights @ second
+    if weights is None:
+        mean, square = first.sum(0, keepdim=True) / len(first), second.sum(0, keepdim=True) / len(second)
+    else:
+        mean, square = weights @ first, weights @ second
     return shift + mean, square - mean.square()
 
 
 class Running:
     """Statistic EMA of EDC 3.2: the average's value, with the gradient of the present batch.
 
-    S <- m S + (1 - m) s, given as S / (1 - m^t) + s - sg(s): bias corrected, so the first visit already gives s.
+    S <- m S + (1 - m) s, given as S / (1 - m^t) + s - sg(s): bias corrected, so the first visit gives s itself.
     """
 
     def __init__(self, momentum: float):
@@ -35,20 +37,23 @@ class Running:
     def __call__(self, statistic: Tensor) -> Tensor:
         """The averaged statistic, of the shape given, the same at each call."""
         present = statistic.detach()
-        self.average = present * (1 - self.momentum) if self.average is None else self.average.lerp(present, 1 - self.momentum)
+        before = torch.zeros_like(present) if self.average is None else self.average
+        self.average = before.lerp(present, 1 - self.momentum)
         self.weight = self.momentum * self.weight + (1 - self.momentum)
         return statistic + (self.average / self.weight - present)
 
 
 def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
-    """Euclidean norms of each segment of (…, F): (…, S). The gradient at 0 is 0."""
-    parts = difference.split([segment.length for segment in layout.segments], -1)
-    return torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in parts], -1)
+    """Euclidean norm of each segment, (…, F) to (…, S). Its gradient at 0 is 0."""
+    parts = difference.square().split([segment.length for segment in layout.segments], -1)
+    squares = torch.stack([part.sum(-1) for part in parts], -1)
+    positive = squares > 0
+    return torch.where(positive, squares, 1.0).sqrt() * positive
 
 
 def layer_losses(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor, layout: Layout) -> Tensor:
-    """Un-squared distances of a layer's means and variances, channels and tiles: (…, F) to (…, L). EDC Eq. 4."""
-    norms = segment_norms(mean - target_mean, layout) + segment_norms(var - target_var, layout)
+    """Un-squared distances of a layer's means and variances, of channels and tiles: (…, F) to (…, L). Eq. 4."""
+    norms = segment_norms(torch.stack([mean - target_mean, var - target_var]), layout).sum(0)
     layers = torch.tensor([segment.layer for segment in layout.segments], device=norms.device)
     return norms.new_zeros(*norms.shape[:-1], layout.layers).index_add(-1, layers, norms)
 
@@ -57,23 +62,22 @@ class Matcher:
     """The matching loss of one observer in one block (Eq. 5).
 
     `labels` int64 (B,) are the block's. With `class_scope: per_class` each class's images have statistics and running
-    averages of their own, weighted by the class's share of the block; with `mixture` and `local` the block's
-    statistics are compared with `targets.mixture_*`.
+    averages of their own, weighted by the class's share of the block; with `mixture` and `local` the statistics of
+    the block are compared with `targets.mixture_*`.
     """
 
     def __init__(self, targets: Targets, section: Synthesize, labels: Tensor):
+        layout, device = targets.layout, targets.global_mean.device
         self.targets, self.alpha, self.drop_rate = targets, section.alpha, section.drop_rate
-        device = targets.global_mean.device
-        self.layer_weights = torch.ones(targets.layout.layers, device=device)
-        self.layer_weights[0] = section.first_layer
-        self.conv = torch.zeros(targets.layout.layers, dtype=torch.bool)
-        self.conv[[segment.layer for segment in targets.layout.segments if segment.kind != "bn"]] = True
-        self.per_class = section.class_scope == "per_class" and section.alpha < 1
+        self.weights = torch.ones(layout.layers)
+        self.weights[0] = section.first_layer
+        self.conv = torch.zeros(layout.layers, dtype=torch.bool)
+        self.conv[[segment.layer for segment in layout.segments if segment.kind != "bn"]] = True
+        self.per_class = section.class_scope == "per_class"
         members = (targets.class_ids.cpu()[:, None] == labels.cpu()).float().to(device)
         self.shares = members.mean(1)  # p(c)
         self.members = members / members.sum(1, keepdim=True)
-        self.everyone = torch.full((1, len(labels)), 1 / len(labels), device=device)
-        self.running = {name: Running(section.ema) for name in ("mean", "var", "class_mean", "class_var")}
+        self.running = {"block": Running(section.ema), "classes": Running(section.ema)}
 
     def __call__(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
         """The sum over layers of w_l [alpha * global + (1 - alpha) * class], a scalar.
@@ -81,26 +85,28 @@ class Matcher:
         `first`, `second` (B, F) are the block's moments about `targets.global_mean`. `generator` is drawn from where
         `drop_rate` is above 0.
         """
-        targets, layout = self.targets, self.targets.layout
-        shift = targets.global_mean
-        mean, var = group(first, second, shift, self.everyone)
-        mean, var = self.running["mean"](mean)[0], self.running["var"](var)[0]
-        losses = torch.zeros_like(self.layer_weights)
-        if self.alpha > 0:
-            losses = losses + self.alpha * layer_losses(mean, var, targets.global_mean, targets.global_var, layout)
-        if self.per_class:
-            mean, var = group(first, second, shift, self.members)
-            mean, var = self.running["class_mean"](mean), self.running["class_var"](var)
-            classes = layer_losses(mean, var, targets.class_mean, targets.class_var, layout)
-            losses = losses + (1 - self.alpha) * (self.shares @ classes)
-        elif self.alpha < 1:
-            classes = layer_losses(mean, var, targets.mixture_mean, targets.mixture_var, layout)
-            losses = losses + (1 - self.alpha) * classes
-        weights = self.layer_weights
+        targets, alpha = self.targets, self.alpha
+        forms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]] = []
+        if alpha > 0 or not self.per_class:
+            mean, var = self._statistics("block", first, second, None)
+        if alpha > 0:
+            forms.append((mean, var, targets.global_mean, targets.global_var, alpha))
+        if alpha < 1 and not self.per_class:
+            forms.append((mean, var, targets.mixture_mean, targets.mixture_var, 1 - alpha))
+        if alpha < 1 and self.per_class:
+            mean, var = self._statistics("classes", first, second, self.members)
+            share = (1 - alpha) * self.shares[:, None]
+            forms.append((mean, var, targets.class_mean, targets.class_var, share))
+        losses = sum((share * layer_losses(*form, targets.layout)).sum(0) for *form, share in forms)
+        weights = self.weights
         if self.drop_rate > 0:
             dropped = self.conv & (torch.rand(len(self.conv), generator=generator) < self.drop_rate)
-            weights = weights.masked_fill(dropped.to(weights.device), 0.0)
-        return weights @ losses
+            weights = weights.masked_fill(dropped, 0.0)
+        return weights.to(losses.device) @ losses
+
+    def _statistics(self, name: str, first: Tensor, second: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of groups, both (G, F)."""
+        return self.running[name](torch.stack(group(first, second, self.targets.global_mean, weights))).unbind()
 
     def state(self) -> dict[str, Tensor]:
         """What the rest of the block depends on."""

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import work
@@ -220,15 +221,19 @@ def forward(network: Network, taps: Taps, images: Tensor, session: Session) -> t
 def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Classes present, int64 (k,), and float64 sums over their images (3, k, F) of m - s, v and (m - s)^2.
 
-    `first`, `second` are moments (B, F) about a shift s; `labels` int64 (B,).
+    `first`, `second` are moments (B, F) about a shift s; `labels` int64 (B,). What is summed in float32 over the few
+    images of a class is taken about their mean; all that could cancel is put together in float64.
     """
-    present, index = labels.unique(return_inverse=True)
-    first = first.double()
-    within = (second.double() - first.square()).clamp_min_(0)
-    sums = first.new_zeros(3, len(present), first.shape[1])
-    for into, values in zip(sums, (first, within, first.square()), strict=True):
-        into.index_add_(0, index.to(first.device), values)
-    return present, sums.cpu()
+    present, index, counts = labels.unique(return_inverse=True, return_counts=True)
+    weights = F.one_hot(index).t().to(first) / counts.to(first)[:, None]
+    centre = weights @ first
+    within = weights @ (second - first.square()).clamp_min_(0)
+    apart = first - centre[index.to(first.device)]
+    rest, square = weights @ apart, weights @ apart.square()
+    centre, rest, square, within = (t.cpu().double() for t in (centre, rest, square, within))
+    mean = centre + rest
+    sums = torch.stack([mean, within, mean.square() + square - rest.square()])
+    return present, sums * counts[:, None]
 
 
 def add_batch(

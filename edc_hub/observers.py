@@ -104,15 +104,19 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
             network = start(unit.name, 0)
             if unit.name in matched:
                 networks.refuse_for_matching(network)
-    run(list(units.values()), make, session, seed=given.observers.seed, label="observers")
     observers = Observers(given, units, classes, session)
-    _report(given, observers, session)
+    for loaded in (True, False):  # first those that take no time: a wrong normalisation is found before long work
+        if some := [unit for unit in units.values() if (sections[unit.name].train is None) == loaded]:
+            run(some, make, session, seed=given.observers.seed, label="observers")
+            _report(given, observers, session, {unit.name for unit in some})
     return observers
 
 
 def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
     """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
     with _naming(net.name):
+        if net.weights:
+            weights.find(net.arch, net.weights)  # raises where there is nothing
         return _ready(_build(net, given.source, classes, seed=0), session)
 
 
@@ -279,12 +283,13 @@ def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session
     return right.item() / len(labels)
 
 
-def _report(given: recipe.Recipe, observers: Observers, session: Session) -> None:
-    """Prints the accuracy of every observer in use and refuses those that see next to nothing."""
+def _report(given: recipe.Recipe, observers: Observers, session: Session, names: set[str]) -> None:
+    """Prints the accuracy of those of `names` that are in use and refuses those that see next to nothing."""
     stages = [given.relabel.observers]
     stages += [given.synthesize.observers] if given.synthesize.iterations else []
     stages += [given.initialize.observers] if given.initialize.kind in ("rded", "kmeans") else []
-    for name, epoch in dict.fromkeys(entry for stage in stages for entry in recipe.selected(given, stage)):
+    in_use = [entry for stage in stages for entry in recipe.selected(given, stage) if entry[0] in names]
+    for name, epoch in dict.fromkeys(in_use):
         facts = observers.facts(name, epoch)
         accuracy, classes = facts["accuracy"], facts["classes"]
         label = f"{name}@{epoch}" if epoch else name

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import condensed, initialize, launch, matching, observers, source, synthesize, views, work
+from . import condensed, initialize, launch, matching, observers, rded, source, synthesize, views, work
 from .moments import Targets
 from .recipe import Recipe, selected
 from .source import RealSet
@@ -57,7 +57,10 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     trained = sum(clock(_train_step, networks[name], *batches[name]) * number for name, number in steps.items())
 
     start = recipe.initialize
-    scored = {"rded": classes * start.images_per_class * start.crops, "kmeans": classes * start.images_per_class}
+    crops = classes * start.images_per_class * start.crops
+    if start.variant == "edc":
+        crops = count + classes * rded.EDC_IMAGES * rded.EDC_CROPS  # all images, then the crops of those kept
+    scored = {"rded": crops, "kmeans": classes * start.images_per_class}
 
     section = recipe.synthesize
     matched = [name for name, _ in selected(recipe, section.observers)] if section.iterations else []
@@ -141,6 +144,9 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
     print(f"\n{'images':<14}{total:>12} images{image_bytes / 2**20:>12.1f} MiB")
     views_made = total * recipe.relabel.epochs
     print(f"{'soft_labels':<14}{views_made:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
+    sets = 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
+    whole = sets * (image_bytes + 2 * label_bytes)  # labels lie in artifacts/views too
+    print(f"{'disk':<14}{sets:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
 
 
 def _human(seconds: float) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 ROWS = 8192  # rows a unit of the whole-image scores
-EDC_IMAGES, EDC_CROPS = 4 * 64, 4  # the edc variant draws 4 batches of 64 images, 4 crops each
+EDC_IMAGES, EDC_CROPS = 4 * 64, 4  # the edc variant takes 4 batches of 64 images, 4 crops each
 
 
 def score_all(
@@ -79,15 +79,16 @@ def select(
     """Images uint8 (ipc, 3, s, s) of factor x factor crops with the lowest cross-entropy, and their rows (ipc, tiles).
 
     rded: of each of `rows` the best of `crops` square crops of the tile's side; tile t of image j has rank t*ipc + j.
-    edc (steps b, c): the best of 1,024 crops of the image's side with the usual ratios, several from one image;
-    tile t of image j has rank j*factor^2 + t.
+    edc: the best of 1,024 crops of the image's side with the usual ratios, several from one image; tile t of image j
+    has rank j*factor^2 + t. The crops are of the first 256 of `rows`, which `score_all` has sorted; fewer serve again.
+    (The code cuts them from the image squashed to a square, one box for 64 images; here from the original, each its
+    own.)
     """
     section = recipe.initialize
     edc, tiles = section.variant == "edc", section.factor**2
     side, count, ratio = real.size // section.factor, section.crops, (1.0, 1.0)
     if edc:
-        shuffles = [rows[torch.randperm(len(rows), generator=generator)] for _ in range(-(-EDC_IMAGES // len(rows)))]
-        rows = torch.cat(shuffles)[:EDC_IMAGES]
+        rows = rows.repeat(-(-EDC_IMAGES // len(rows)))[:EDC_IMAGES]
         side, count, ratio = real.size, EDC_CROPS, (3 / 4, 4 / 3)
     draws = torch.rand((len(rows), count, CROP_DRAWS), generator=generator, dtype=torch.float64)
     area, images_a_pass = tuple(section.crop_area), max(1, section.batch // count)

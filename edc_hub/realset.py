@@ -240,6 +240,8 @@ class RealSet:
                 image = pixels.decode(*found[index])
             except Exception as error:  # each codec of Pillow fails in its own way
                 reason = str(error).partition("\n")[0] or type(error).__name__
+                if isinstance(error, PIL.UnidentifiedImageError):  # names an object in memory
+                    reason = "no image format is recognised"
                 raise InputError(
                     f"source.path: the image in row {rows[index]} of split '{self.split}' of {self.id} cannot be "
                     f"decoded ({reason}); replace it or remove the row"

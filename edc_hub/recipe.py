@@ -133,7 +133,7 @@ class Observers(Section):
 class Moments(Section):
     """Per-class moments of the inputs of the observers' layers over the real set (EDC section 3.2, Eq. 2 and 5)."""
 
-    batch: Positive = Field(64, description="images a forward pass")
+    batch: Positive = Field(64, description="images a forward pass; target reference means the variances of such")
     rows: Positive = Field(4096, description="rows a unit of work")
     augment: Literal["none", "pad_crop", "rrc"] = Field("none", description="crop of each image, seeded by its row")
     pad: Count = Field(4, description="zero padding in pixels for pad_crop")
@@ -205,7 +205,7 @@ class Synthesize(Section):
     class_scope: Literal["per_class", "mixture", "local"] = Field(
         "mixture", description="class form: each class by itself | the block's mixture | freshly drawn real images"
     )
-    local_images: Positive = Field(10, description="real images a class drawn for class_scope local")
+    local_images: Positive = Field(10, description="real images a class for class_scope local (code: 50,000 in all)")
     ema: Decay = Field(0.8, description="momentum of the running statistic of the block")
     flatness: Flatness = Field(Flatness(), description="flatness regularisation")
     densification: Densification = Field(Densification(), description="data densification")

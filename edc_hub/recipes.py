@@ -30,6 +30,7 @@ _FLAGS = {
     "dry_run": "print the plan and the projected time, write nothing",
     "print_recipe": "print the resolved recipe",
 }
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "null", "0", "1")  # a switch's value, right or wrong; no recipe
 _RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")  # change where and how fast, not what
 
 
@@ -82,7 +83,7 @@ def _split(argv: list[str]) -> tuple[list[str], dict[str, Any], dict[str, bool]]
         path = path.replace("-", "_")
         switch = path in flags or (path in known and known[path].field.annotation is bool)
         if not equals:
-            if switch and (not rest or rest[0] not in ("true", "false")):
+            if switch and (not rest or rest[0].lower() not in _TRUTHS):
                 text = "true"
             elif rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
@@ -124,9 +125,9 @@ def find(name: str) -> Path:
     if name in shipped():
         return ROOT / f"{name}.yaml"
     path = Path(name).expanduser()
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"recipe: {name} is a folder; write a YAML file or one of: {_listing()}")
     plain = name.removesuffix(".yaml").removeprefix("recipes/")
     near = difflib.get_close_matches(plain, shipped(), 1, 0.6)

@@ -1,6 +1,7 @@
 """Real image-classification sets: anything `load_dataset` reads, found by the features of its columns."""
 
 import difflib
+import errno
 import hashlib
 import os
 import re
@@ -185,6 +186,12 @@ def _reading(section: recipe.Source) -> Iterator[None]:
         raise InputError(f"source.path: load_dataset cannot read {section.path}: {_line(error)}") from error
     except Exception as error:  # any reader of any format
         reason = _line(error) + (f" ({_line(error.__cause__)})" if error.__cause__ else "")
+        codes = {getattr(failure, "errno", None) for failure in (error, error.__cause__)}
+        if codes & {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error):
+            raise InputError(
+                f"source.path: no room to prepare {section.path} in {datasets.config.HF_DATASETS_CACHE} ({reason}); "
+                "free some space, set HF_HOME to another disk, or write source.streaming: true"
+            ) from error
         raise InputError(
             f"source.path: load_dataset cannot read {section.path}: {reason}; give an image set that it reads"
         ) from error
@@ -203,12 +210,21 @@ def _columns(section: recipe.Source, features: datasets.Features) -> tuple[str, 
             raise InputError(f"source.{key}: no column '{given}' in {section.path}; there are: {', '.join(features)}")
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image = section.image_column or _only(images, "image", section, features)
+    if not isinstance(features[image], datasets.Image) and not _is_encoded(features[image]):
+        raise InputError(f"source.image_column: '{image}' holds {features[image]}; name a column of images")
     named = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     plain = [name for name, feature in features.items() if name != image and _is_plain(feature)]
     label = section.label_column or _only(named or plain, "label", section, features)
     if not isinstance(features[label], datasets.ClassLabel) and not _is_plain(features[label]):
         raise InputError(f"source.label_column: '{label}' holds {features[label]}; name a column of class labels")
     return image, label
+
+
+def _is_encoded(feature: object) -> bool:
+    """Whether `datasets` takes a column for images when told so: encoded bytes, paths, or both."""
+    if isinstance(feature, dict):
+        return set(feature) == {"bytes", "path"}
+    return isinstance(feature, datasets.Value) and bool(re.fullmatch("(large_)?(string|binary)", feature.dtype))
 
 
 def _is_plain(feature: object) -> bool:

@@ -1,8 +1,8 @@
 """Synthesis: the initial images are optimised until the observers' statistics of them are those of the real set.
 
-EDC section 3.2: Eq. 5 for the statistics, Eq. 7 for flatness. The optimised tensor `z` lives in the source's
-normalised space, so learning rates are in units of the source's std, as in every paper of the family; networks see
-`x = z * std + mean` in [0, 1].
+EDC section 3.2: Eq. 2 and 5 for the statistics, Eq. 7 for flatness. The optimised tensor `z` lives in the
+source's normalised space, so learning rates are in units of the source's std, as in every paper of the family;
+networks see `x = z * std + mean` in [0, 1].
 """
 
 import math
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import matching, work
+from .errors import InputError
 from .initialize import Initial
 from .matching import Matcher
 from .moments import Moments, Targets
@@ -52,7 +53,11 @@ class Pixels:
 
     def to_z(self, images: Tensor) -> Tensor:
         """uint8 to normalised float32."""
-        return (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        return self.normalise(images.to(self.mean.device).float() / 255)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[0, 1] to normalised float."""
+        return (x - self.mean) / self.std
 
     def to_x(self, z: Tensor) -> Tensor:
         """Normalised float to [0, 1]."""
@@ -109,6 +114,7 @@ class Observed:
 
     def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe, session: Session):
         self.network, self.autocast = network, session.autocast
+        self.pixels = Pixels(recipe.source, session.device)
         self.taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
         self.taps.shift = targets.global_mean
         self.matcher = Matcher(targets, recipe.synthesize, labels)
@@ -129,7 +135,8 @@ class Observed:
                 target = self.network(averaged).float()
             loss = loss + section.flatness.weight * matching.flatness(logits, target, section.flatness)
         if section.densification.weight:
-            term = matching.densification(x, labels, section.densification.tau)
+            z = self.pixels.normalise(x)  # as every pixel term of the family; a crop of z is the z of the crop
+            term = matching.densification(z, labels, section.densification.tau)
             loss = loss + section.densification.weight * term
         return loss
 
@@ -162,6 +169,8 @@ def optimise(
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
     start = _restore(progress, z, average, adam, losses, observed, generator)
+    half = session.dtype == torch.float16 and session.device.type != "cpu"
+    scale = 4096.0 if half else 1.0  # the statistics' part of a gradient is about 1e-7, where float16 ends
     bar = session.bar(range(start, section.iterations), desc="synthesize", unit="it", leave=False)
     for step in bar:
         adam.param_groups[0]["lr"] = section.lr * cosine(step, section.iterations)
@@ -171,7 +180,8 @@ def optimise(
             average.lerp_(z.detach(), 1 - section.flatness.beta)
         x, averaged = crop(pixels.to_x(z)), crop(pixels.to_x(average)) if flat else None
         loss = observed[step % len(observed)].loss(x, averaged, labels, section, generator)
-        (z.grad,) = torch.autograd.grad(loss, z)
+        (gradient,) = torch.autograd.grad(loss * scale, z)
+        z.grad = gradient / scale
         adam.step()
         pixels.clamp(z)
         losses[step] = loss.detach()
@@ -179,6 +189,10 @@ def optimise(
             bar.set_postfix(loss=f"{losses[step]:.3f}")
         done = step + 1
         progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
+    broken = (~losses.isfinite()).nonzero().tolist()
+    if broken:  # its pixels are no numbers either, and would be published as black
+        remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
+        raise InputError(f"synthesize: the loss is no number from step {broken[0][0]} on; {remedy}")
     return z.detach(), losses
 
 

@@ -142,7 +142,7 @@ def _read(path: Path) -> Any:
         raise InputError(f"weights: {path} is no whole safetensors file ({error}); fetch it again") from error
     except Exception as error:  # torch.load reports refused objects, truncation and other formats each in its own way
         raise InputError(
-            f"weights: {path} holds more than tensors or is damaged ({str(error).splitlines()[0]}); where you trust "
+            f"weights: {path} holds more than tensors or is damaged ({type(error).__name__}); where you trust "
             "it, save its state_dict with safetensors.torch.save_file and give that file"
         ) from error
 
@@ -157,7 +157,7 @@ def load_into(network: Network, found: Weights, *, new_head: bool = False) -> No
     state = _unwrap(found.read(), own, found.source)
     head = network.classifier
     for key in (f"{head}.weight", f"{head}.bias"):
-        if key in own and key in state and own[key].shape != state[key].shape:
+        if key in own and key in state and len(own[key]) != len(state[key]):
             if not new_head:
                 raise InputError(
                     f"weights: {found.source} has a classifier {key} of shape {list(state[key].shape)}, the source "

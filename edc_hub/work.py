@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import InputError
+from .errors import InputError, OtherStopped
 
 
 _UMASK = os.umask(0)
@@ -184,6 +185,13 @@ class Session:
         enabled = self.dtype != torch.float32 and self.device.type != "cpu"
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
+    def wait(self) -> None:
+        """Until every process is here. Raises OtherStopped where one of them never will be."""
+        try:
+            self.state.wait_for_everyone()
+        except RuntimeError as error:  # the connection to it is lost
+            raise OtherStopped(str(error)) from error
+
     def report(self, text: str) -> None:
         """A line of prose on stderr, from the main process."""
         if self.state.is_main_process:
@@ -200,8 +208,10 @@ def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: st
     many units were missing.
     """
     state, store = session.state, session.store
-    missing = [unit for unit in units if not store.has(unit)]
-    state.wait_for_everyone()  # all have looked before the first writes
+    # what the first process sees: another run may finish a unit between two looks, and the shares would not add up
+    there = broadcast(torch.tensor([store.has(unit) for unit in units], device=session.device).byte()).tolist()
+    missing = [unit for unit, found in zip(units, there, strict=True) if not found]
+    session.wait()  # all have looked before the first writes
     mine = missing[state.process_index :: state.num_processes]
     for unit in session.bar(mine, desc=label, unit="unit"):
         path = store.path(unit)
@@ -209,7 +219,7 @@ def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: st
         if not store.has(unit):  # another run may have made it meanwhile
             store.save(unit, *make(unit, generator(seed, unit.stage, unit.name), progress))
         progress.path.unlink(missing_ok=True)
-    state.wait_for_everyone()
+    session.wait()
     return len(missing)
 
 
@@ -242,7 +252,10 @@ def lock(folder: Path) -> Iterator[None]:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
     except Timeout as error:
-        other = json.loads(owner.read_text()) if owner.exists() else {"host": "?", "pid": "?", "since": "?"}
+        try:
+            other = json.loads(owner.read_text())
+        except (OSError, ValueError):  # it has just begun, or just ended
+            other = {"host": "?", "pid": "?", "since": "?"}
         raise InputError(
             f"output_dir: {folder} is being written by process {other['pid']} on {other['host']} since "
             f"{other['since']}; wait for it or choose another output_dir"
@@ -252,5 +265,8 @@ def lock(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        try:
+            owner.unlink(missing_ok=True)
+        except OSError:
+            pass  # the disk went away, which the error under way says
         held.release()

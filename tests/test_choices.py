@@ -41,7 +41,8 @@ SYNTHESIS = {
     "augmented moments": ["--moments.augment", "pad_crop", "--moments.pad", "1"],
     "small patches": ["--moments.patch", "2"],
     "flatness": ["--synthesize.flatness.kind", "logits", "--synthesize.flatness.weight", "20.0"],
-    "densification": ["--synthesize.densification.weight", "100.0"],
+    # at tau 4 both spectra of two images are one-hot, and the term gives no gradient
+    "densification": ["--synthesize.densification.weight", "100.0", "--synthesize.densification.tau", "1000.0"],
     "jitter": ["--synthesize.jitter", "2"],
     "drop": ["--synthesize.drop_rate", "0.5"],
     "bn": ["--synthesize.layers", "[bn]", "--synthesize.observers", "[plain]"],

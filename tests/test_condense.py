@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import yaml
+
 from edc_hub import condense, work
 
 
@@ -132,9 +133,11 @@ def test_the_same_command_again_finds_everything_and_changes_nothing(finished, r
     runs, _ = finished
     before = digests(runs)
     stamps = {path: path.stat().st_mtime_ns for path in (runs / "artifacts").rglob("*.safetensors")}
+    measured = (runs / "run" / "run.json").read_text()
     assert condense.main(arguments(recipe, runs)) == 0
     assert digests(runs) == before
     assert {path: path.stat().st_mtime_ns for path in (runs / "artifacts").rglob("*.safetensors")} == stamps
+    assert (runs / "run" / "run.json").read_text() == measured  # not the time of finding it
 
 
 def test_two_processes_give_the_bytes_of_one(finished, recipe, tmp_path):
@@ -227,9 +230,26 @@ def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):
         assert f"is being written by process {os.getpid()}" in refused(capsys, arguments(recipe, tmp_path))
 
 
+@pytest.mark.parametrize("mine", ["dataset/photo.png", "controls/random/1/photo.png", "recipe.yaml"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(recipe, tmp_path, capsys, mine):
+    file = tmp_path / "run" / mine
+    file.parent.mkdir(parents=True)
+    file.write_text("name: mine")
+    line = refused(capsys, arguments(recipe, tmp_path))
+    name = "recipe.yaml" if mine == "recipe.yaml" else mine.removesuffix("/photo.png")
+    assert f"output_dir: {tmp_path / 'run' / name} is not of a run and would be replaced" in line
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file] and file.read_text() == "name: mine"
+
+
+def test_a_dry_run_finds_weights_that_are_not_there(recipe, tmp_path, capsys):
+    networks = "[{name: a, arch: convnet, args: {depth: 1}, weights: no.safetensors}]"
+    line = refused(capsys, arguments(recipe, tmp_path, "--dry_run", *ALL, "--observers.networks", networks))
+    assert "observers.networks: a: weights: no file no.safetensors" in line
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert condense.main(arguments(recipe, tmp_path, "--dry_run")) == 0
     out = capsys.readouterr().out
-    for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels"):
+    for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels", "disk"):
         assert word in out
     assert list(tmp_path.iterdir()) == []

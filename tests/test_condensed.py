@@ -110,6 +110,7 @@ def test_a_folder_that_holds_this_set_is_left_alone(session, tmp_path):
     folder = written(tmp_path / "dataset", session)
     inode = folder.stat().st_ino
     (folder / "results.json").write_text("{}")
+    (tmp_path / ".dataset.host.1.old").mkdir()  # of a run killed right after its last rename
     written(folder, session)
     assert folder.stat().st_ino == inode and (folder / "results.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]

@@ -310,6 +310,11 @@ def test_transformers_and_timm_repositories_load_through_their_libraries():
             lambda s, p: save_file({**s, "features.0.bias": torch.rand(9)}, p),
             "shape: features.0.bias [9], not [8]",
         ),
+        (
+            "head.safetensors",
+            lambda s, p: save_file({**s, "classifier.weight": torch.rand(10, 9)}, p),
+            "shape: classifier.weight [10, 9]",
+        ),
         ("cut.safetensors", lambda s, p: p.write_bytes(b"\x08\x00\x00\x00"), "no whole safetensors file"),
         ("cut.pth", lambda s, p: p.write_bytes(b"PK\x03\x04 no zip"), "damaged"),
         (
@@ -339,6 +344,13 @@ def test_another_normalisation_shows_as_an_error_that_names_it(trained, real, ca
         observers.obtain(loaded(tmp_path / "net.safetensors", mean=[100.0] * 3), real, calm)
 
 
+def test_another_normalisation_is_found_before_another_observer_is_trained(trained, real, calm, tmp_path):
+    save_file(trained[0], tmp_path / "net.safetensors")
+    wrong = {**TINY, "name": "given", "weights": str(tmp_path / "net.safetensors"), "mean": [100.0] * 3}
+    with pytest.raises(InputError, match="given is right on .* below twice chance"):
+        observers.obtain(recipe([TINY, wrong]), Watched(real, dies_at=0), calm)
+
+
 @pytest.mark.parametrize("accuracy", [{1: 0.11, 4: 0.9}, {1: 0.11, 4: 0.19}])
 def test_only_snapshots_in_use_must_be_above_twice_chance(accuracy, calm):
     class Known:
@@ -348,13 +360,13 @@ def test_only_snapshots_in_use_must_be_above_twice_chance(accuracy, calm):
 
     unused, used = learns(snapshots=[1]), learns(snapshots=[1]).model_dump()
     if accuracy[4] > 0.2:
-        observers._report(unused, Known(), calm)
+        observers._report(unused, Known(), calm, {"tiny"})
     else:
         with pytest.raises(InputError, match="tiny@4 is right on 19.0%.*lr and epochs"):
-            observers._report(unused, Known(), calm)
+            observers._report(unused, Known(), calm, {"tiny"})
     used["relabel"]["observers"] = ["tiny@1"]
     with pytest.raises(InputError, match="tiny@"):
-        observers._report(Recipe.model_validate(used), Known(), calm)
+        observers._report(Recipe.model_validate(used), Known(), calm, {"tiny"})
 
 
 def test_the_fingerprint_covers_what_decides_the_weights_and_nothing_else(real, calm):

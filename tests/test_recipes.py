@@ -493,3 +493,14 @@ def test_reading_a_recipe_needs_no_torch():
 
 def test_field_defaults_are_a_recipe_but_for_observers():
     assert recipes.resolve({"observers": {"networks": [{"name": "a", "arch": "resnet18"}]}}).name == Recipe().name
+
+
+def test_a_switch_takes_any_word_for_a_truth_and_an_error_names_it():
+    assert recipe("light/cifar10", "--relabel.flip", "no").relabel.flip is False
+    assert recipe("--relabel.flip", "light/cifar10").relabel.flip is True
+    assert error("light/cifar10", "--relabel.flip", "1").startswith("relabel.flip: expected true or false, got 1")
+    assert error("light/cifar10", "--dry_run", "yes").startswith("--dry_run: expected true or false")
+
+
+def test_a_name_too_long_for_a_file_is_no_recipe():
+    assert error("a" * 300).startswith("recipe: no file aaa")

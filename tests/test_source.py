@@ -216,3 +216,37 @@ def test_the_digits_need_no_network_and_go_the_same_way():
     streamed = open_set("sklearn/digits", size=16, streaming=True)
     assert streamed.fingerprint == train.fingerprint
     assert torch.equal(streamed.images(torch.tensor([9, 2])), train.images(torch.tensor([9, 2])))
+
+
+@pytest.mark.parametrize("column", ["label", "size"])
+def test_an_image_column_that_holds_no_images_is_refused(tmp_path, column):
+    write_parquet(tmp_path / "set", {"train": [0, 1]}, extra={"size": datasets.Value("int64")})
+    text = message(tmp_path / "set", image_column=column, label_column="label")
+    assert f"source.image_column: '{column}' holds" in text and "name a column of images" in text
+
+
+def test_a_set_behind_a_linked_folder_that_is_rewritten_gives_its_own_rows(tmp_path):
+    """With `configs`, datasets names its cache by folder and globs: the key must see what the link holds."""
+    write_parquet(tmp_path / "set", {"train": [0]})  # a README that stays as it is
+    (tmp_path / "set" / "data").rename(tmp_path / "unused")
+    (tmp_path / "set" / "data").symlink_to(tmp_path / "kept" / "data")
+    for labels in ([0, 1, 1], [1, 1, 0, 0]):
+        write_parquet(tmp_path / "kept", {"train": labels})
+        assert open_set(tmp_path / "set").labels.tolist() == labels
+
+
+def test_links_to_nothing_and_in_circles_do_no_harm(plain):
+    before = folders.files(plain)
+    (plain / ".#notes").symlink_to("/nowhere/at/all")
+    (plain / "again").symlink_to(plain)
+    assert folders.files(plain) == before
+    assert len(open_set(plain).labels) == 12
+
+
+def test_a_full_cache_disk_is_named_with_ways_out(plain, monkeypatch):
+    def full(self, **_):
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from OSError(28, "No space left")
+
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", full)
+    text = message(plain)
+    assert "no room" in text and "set HF_HOME" in text and "source.streaming: true" in text

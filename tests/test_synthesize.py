@@ -2,12 +2,16 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
-from edc_hub import networks, synthesize, work
+from edc_hub import matching, networks, synthesize, work
+from edc_hub.errors import InputError
+from edc_hub.initialize import Initial
 from edc_hub.recipe import Recipe
 from edc_hub.work import Progress
 
@@ -71,6 +75,17 @@ def test_ten_adam_steps_are_those_of_a_reference_on_normalised_pixels(session, t
     torch.testing.assert_close(losses.double(), torch.tensor(expected_losses).double(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_loss_that_is_no_number_is_refused_and_not_published(session, tmp_path):
+    class Broken(Smooth):
+        def loss(self, *rest):
+            return super().loss(*rest) * torch.inf
+
+    generator, progress = torch.Generator(), Progress(tmp_path / "p", 1e9)
+    given = images(), torch.arange(4), [Smooth(0), Broken(0)], recipe()
+    with pytest.raises(InputError, match="no number from step 1 on; lower synthesize.lr"):
+        synthesize.optimise(*given, session, generator, progress)
+
+
 def test_the_cosine_starts_at_one_and_ends_next_to_zero():
     values = [synthesize.cosine(t, 100) for t in range(100)]
     assert values[0] == 1.0
@@ -109,7 +124,7 @@ def test_a_crop_stays_inside_and_covers_the_area_asked_for():
         assert 0.7 < width / height < 1.4
         shares.append(height * width / 1024)
     assert 0.22 < min(shares) < 0.3 and 0.45 < max(shares) < 0.54
-    assert synthesize.crop_box(32, [1.0, 1.0], torch.Generator().manual_seed(1))[2:] <= (32, 32)
+    assert synthesize.crop_box(32, [1.0, 1.0], generator) == (0, 0, 32, 32)  # ten misses: the whole image
 
 
 def test_the_block_shares_one_crop_flip_and_roll():
@@ -180,6 +195,35 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
     assert (undisturbed - synthesize.Pixels(made.source, session.device).to_z(images())).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("order", ["class_major", "across_class"])
+def test_a_block_gets_its_images_labels_and_class_counts_and_its_result_goes_back_to_their_places(
+    session, monkeypatch, order
+):
+    made = recipe(block=4, block_order=order)
+    networks_ = [{"name": "net", "arch": "convnet", "train": {"epochs": 1}}]
+    made = Recipe.model_validate(made.model_dump() | {"ipc": 3, "observers": {"networks": networks_}})
+    start = Initial(images(9, seed=6), torch.zeros(9, 1, dtype=torch.int32), "start")
+    seen = []
+
+    def targets(name, epoch, counts):
+        seen.append(counts)
+        return target(network("batch"))._replace(class_ids=counts.nonzero().flatten())
+
+    def optimise(images, labels, observed, *_):
+        which = torch.tensor([(start.images == image).flatten(1).all(1).nonzero().item() for image in images])
+        assert torch.equal(labels, which // 3)  # class-major: the label of image i is i // ipc
+        assert torch.equal(seen[-1], torch.bincount(labels, minlength=3))
+        return synthesize.Pixels(made.source, session.device).to_z(255 - images), torch.zeros(1)
+
+    monkeypatch.setattr(synthesize, "optimise", optimise)
+    real = SimpleNamespace(names=["a", "b", "c"])
+    observers = SimpleNamespace(load=lambda *_: network("batch"))
+    moments = SimpleNamespace(targets=targets, fingerprint=lambda _: "moments")
+    found = synthesize.obtain(made, real, observers, moments, start, session)
+    assert len(seen) == 3 and sum(seen).tolist() == [3, 3, 3]
+    assert torch.equal(found, 255 - start.images)
+
+
 class Fifty:
     """A real set of 50 images of 5 classes, row r of class r % 5."""
 
@@ -225,6 +269,113 @@ def test_local_targets_are_the_statistics_of_the_drawn_images_and_leave_the_glob
     assert torch.equal(found.global_mean, given.global_mean) and torch.equal(found.global_var, given.global_var)
 
 
+def random_observed(session, **keys):
+    """An observer of four images of two classes, its recipe, and a view of them that wants a gradient."""
+    made, labels = recipe(**keys), torch.tensor([0, 0, 1, 1])
+    observed = synthesize.Observed(network("batch"), target(network("batch")), labels, made, session)
+    return observed, made, labels, (images(seed=2) / 255.0).requires_grad_()
+
+
+def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
+    weights = {
+        "weight": 0.3,
+        "flatness": {"kind": "logits", "weight": 0.7, "tau": 2.0},
+        "densification": {"weight": 0.9},
+    }
+    observed, made, labels, x = random_observed(session, **weights, ema=0.0)
+    averaged = images(seed=3) / 255.0
+    found = observed.loss(x, averaged, labels, made.synthesize, torch.Generator())
+    (gradient,) = torch.autograd.grad(found, x)
+
+    logits, matched = observed.network(x), matching.Matcher(target(network("batch")), made.synthesize, labels)
+    with observed.taps:
+        observed.network(x)
+    present, average = (F.softmax(observed.network(view) / 2, -1) for view in (x, averaged))
+    z = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    terms = [
+        (1.0, -F.log_softmax(logits, -1)[range(4), labels].mean()),
+        (0.3, matched(*observed.taps.collect(), torch.Generator())),
+        (0.7, (present * (present / average).log()).sum() / 4),
+        (0.9, matching.densification(z, labels, 4.0)),
+    ]
+    assert all(term > 1e-4 for _, term in terms)
+    expected = sum(weight * term for weight, term in terms)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0], rtol=1e-3, atol=1e-6)
+
+
+def test_mixed_precision_is_for_the_networks_and_not_for_the_statistics(session):
+    session.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    observed, made, labels, x = random_observed(session, weight=1.0, ema=0.0, densification={"weight": 1.0})
+    collect, kept = observed.taps.collect, []
+    observed.taps.collect = lambda: kept.append(collect()) or kept[0]
+    found = observed.loss(x, None, labels, made.synthesize, torch.Generator())
+    with torch.no_grad(), session.autocast():
+        logits = observed.network(x)
+    assert logits.dtype == torch.bfloat16
+    exact = matching.Matcher(target(network("batch")), made.synthesize, labels)(*kept[0], torch.Generator())
+    term = matching.densification(observed.pixels.normalise(x), labels, 4.0)
+    torch.testing.assert_close(found, F.cross_entropy(logits.float(), labels) + exact + term, rtol=1e-5, atol=1e-5)
+
+
+class Recorder(Smooth):
+    """Remembers the views it is shown."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.seen = []
+
+    def loss(self, x, averaged, labels, section, generator):
+        self.seen.append((x.detach().double(), averaged.double()))
+        return super().loss(x, averaged, labels, section, generator)
+
+
+def recorded(session, tmp_path, **keys):
+    observed, made = Recorder(0), recipe(iterations=12, **keys)
+    progress, generator = Progress(tmp_path / "p", 1e9), work.generator(0, "blocks", "b")
+    synthesize.optimise(images(), torch.arange(4), [observed], made, session, generator, progress)
+    return observed.seen
+
+
+def test_flatness_compares_with_the_running_average_of_the_images(session, tmp_path):
+    seen = recorded(session, tmp_path, flatness={"kind": "logits", "beta": 0.7})
+    expected = seen[0][0]
+    for x, averaged in seen:
+        expected = 0.7 * expected + 0.3 * x  # Eq. 7
+        torch.testing.assert_close(averaged, expected, rtol=0, atol=1e-6)
+    assert max((x - averaged).abs().max() for x, averaged in seen) > 0.01
+
+
+def test_the_average_is_seen_through_the_crop_of_the_images(session, tmp_path):
+    views = {"crop_area": [0.3, 0.9], "flip": True, "jitter": 2}
+    seen = recorded(session, tmp_path, flatness={"kind": "logits", "beta": 0.0}, **views)
+    for x, averaged in seen:
+        torch.testing.assert_close(averaged, x, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("area", [[0.08, 1.0], [0.5, 1.0], [0.9, 1.0]])
+def test_crops_follow_the_law_of_torchvisions_random_resized_crop(area):
+    generator, count = torch.Generator().manual_seed(0), 3000
+    ours = torch.tensor([synthesize.crop_box(48, area, generator) for _ in range(count)]).double()
+    get, image = torchvision.transforms.RandomResizedCrop.get_params, torch.empty(3, 48, 48)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        theirs = torch.tensor([get(image, area, [3 / 4, 4 / 3]) for _ in range(count)]).double()
+    spread = ((ours.var(0) + theirs.var(0)) / count).sqrt() + 1e-9
+    assert ((ours.mean(0) - theirs.mean(0)).abs() < 4.5 * spread).all()
+    assert torch.allclose(ours.std(0), theirs.std(0), rtol=0.08, atol=0.05)
+
+
+def test_half_of_the_views_are_mirrored_and_rolls_are_up_to_the_jitter_each_way():
+    made, generator = recipe(flip=True, jitter=2), torch.Generator().manual_seed(0)
+    crops = [synthesize.Crop(8, made.synthesize, generator) for _ in range(2000)]
+    assert sum(crop.flip for crop in crops) / 2000 == pytest.approx(0.5, abs=0.05)
+    rolls = torch.tensor([crop.roll or [0, 0] for crop in crops]).flatten()
+    counts = torch.bincount(rolls + 2, minlength=5)
+    assert len(counts) == 5 and counts.min() > 0.8 * 4000 / 5
+    assert not any(synthesize.Crop(8, recipe(flip=False).synthesize, generator).flip for _ in range(50))
+
+
 def network(norm):
     args = {"depth": 2, "width": 8, "norm": norm}
     net = networks.build("convnet", 10, args=args, image_size=8, mean=MEAN, std=STD, seed=1)
@@ -239,7 +390,6 @@ def taps_of(net):
 
 def target(net):
     """Targets from random real images, by the taps themselves."""
-    from edc_hub import matching
     from edc_hub.moments import Targets
     from edc_hub.taps import Taps
 

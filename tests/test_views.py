@@ -1,5 +1,6 @@
 """Views: what each operation does, against torchvision image by image, and that a row replays by itself to the bit."""
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms import InterpolationMode, RandAugment
@@ -175,6 +176,30 @@ def test_the_share_of_a_cutmix_view_is_what_its_clipped_box_leaves():
     torch.testing.assert_close(table["mix_lam"], (1 - h * w / 32**2).float())
     assert (h != w).any()  # some were clipped
     assert table["mix_lam"].unique().numel() > 100
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_cutmix_boxes_follow_the_law_of_the_reference(alpha):
+    """CutMix: a box of side int(size * sqrt(1 - lambda)), lambda ~ Beta, about a uniform centre, clipped."""
+    size, count = 40, 20000
+    section = Relabel(mix_shared="sample", mix_alpha=alpha)
+    ours = views.sample(section, torch.arange(count), size, seeded())["mix_box"].double().numpy()
+    draw = np.random.default_rng(0)
+    half = (size * np.sqrt(1 - draw.beta(alpha, alpha, count))).astype(int) // 2
+    centre = draw.integers(size, size=(2, count))
+    low, high = np.clip(centre - half, 0, size), np.clip(centre + half, 0, size)
+    theirs = np.stack([*low, *(high - low)], 1).astype(float)
+    spread = np.sqrt((ours.var(0) + theirs.var(0)) / count)
+    assert (np.abs(ours.mean(0) - theirs.mean(0)) < 4.5 * spread).all()
+    assert np.allclose(ours.std(0), theirs.std(0), rtol=0.03)
+    shares, expected = ours[:, 2] * ours[:, 3] / size**2, theirs[:, 2] * theirs[:, 3] / size**2
+    assert np.allclose(np.quantile(shares, [0.1, 0.5, 0.9]), np.quantile(expected, [0.1, 0.5, 0.9]), atol=0.015)
+
+
+def test_half_of_the_views_are_mirrored_unless_flip_is_off():
+    drawn = views.sample(Relabel(), torch.arange(4000), 8, seeded())["flip"]
+    assert drawn.double().mean() == pytest.approx(0.5, abs=0.03)
+    assert not views.sample(Relabel(flip=False), torch.arange(100), 8, seeded())["flip"].any()
 
 
 @pytest.mark.parametrize("mix", ["cutmix", "mixup"])

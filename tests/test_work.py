@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from edc_hub import work
+from edc_hub import launch, work
 from edc_hub.errors import InputError
 from edc_hub.work import Progress, Store, Unit
 
@@ -208,3 +211,45 @@ def test_run_waits_for_nothing_when_all_is_there(session):
     start = time.perf_counter()
     assert work.run(units(200), lambda *a: pytest.fail("made again"), session, seed=0, label="x") == 0
     assert time.perf_counter() - start < 1.0
+
+
+def test_the_shares_follow_what_the_first_process_sees(session, monkeypatch):
+    """Another run finishes a unit between the looks of two processes: no unit may be left to nobody."""
+    session.store.save(units(4)[0], {"x": torch.zeros(5)})
+    monkeypatch.setattr(work, "broadcast", lambda there: torch.zeros_like(there))  # of the first: nothing is there
+    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+    made = []
+
+    def make(unit, *rest):
+        made.append(unit.name)
+        return draw(unit, *rest)
+
+    work.run(units(4), make, replace(session, state=second), seed=0, label="")
+    assert made == ["unit-1", "unit-3"]
+
+
+def test_a_process_whose_partner_is_gone_says_so_in_a_line(session, capsys):
+    def lost():
+        raise RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:62653")
+
+    left = replace(session, state=SimpleNamespace(wait_for_everyone=lost))
+    assert launch.status(left.wait) == 1
+    assert capsys.readouterr().err == "edc-hub: another process of this run has stopped; its message says why\n"
+
+
+def test_torchrun_is_told_what_is_wrong(tmp_path, monkeypatch, capsys):
+    def wrong():
+        raise InputError("ipc: too many;\n write less")
+
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert launch.status(wrong) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message["message"] == "edc-hub: error: ipc: too many; write less" == capsys.readouterr().err.strip()
+    assert abs(failure.timestamp - time.time()) < 60  # the first failure is the one that is shown
+
+
+def test_a_lock_without_its_owners_name_is_still_a_lock(tmp_path):
+    with work.lock(tmp_path):
+        (tmp_path / ".lock.json").write_text("")
+        with pytest.raises(InputError, match="is being written by process"), work.lock(tmp_path):
+            pass
