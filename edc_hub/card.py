@@ -154,21 +154,24 @@ def _bytes(count: int) -> str:
     return f"{count:.3g} GB"
 
 
-def grid(initial: Tensor | None, final: Tensor, classes: int, path: Path) -> None:
-    """Writes a PNG: a row for each of some classes, and in it each image's start beside the image.
-
-    Args: initial, final uint8 (classes * ipc, 3, s, s), class-major; without `initial` the images alone.
-    """
-    ipc, size = len(final) // classes, final.shape[-1]
-    rows, columns = min(classes, 10), min(ipc, 5 if initial is not None else 10)
+def grid_rows(classes: int, ipc: int, *, pairs: bool) -> tuple[Tensor, tuple[int, int]]:
+    """Which images a grid shows, int64 of rows * columns, and (rows, columns): a row a class, up to ten of them."""
+    rows, columns = min(classes, 10), min(ipc, 5 if pairs else 10)
     spread = torch.linspace(0, classes - 1, rows).round().long()
-    chosen = (spread[:, None] * ipc + torch.arange(columns)).view(-1)
-    parts = [x[chosen] for x in (initial, final) if x is not None]
+    return (spread[:, None] * ipc + torch.arange(columns)).view(-1), (rows, columns)
+
+
+def grid(pictures: list[Tensor], shape: tuple[int, int], path: Path) -> None:
+    """Writes a PNG of `shape` (rows, columns) tiles; in a tile the images of every entry of `pictures` side by side.
+
+    Each entry is uint8 (rows * columns, 3, s, s), in the order of `grid_rows`.
+    """
+    (rows, columns), size = shape, pictures[0].shape[-1]
     if size < 64:
-        parts = [interpolate(x, scale_factor=-(-64 // size), mode="nearest") for x in parts]
+        pictures = [interpolate(x, scale_factor=-(-64 // size), mode="nearest") for x in pictures]
     elif size > 128:
-        parts = [interpolate(x.float(), size=(112, 112), mode="area").round().to(torch.uint8) for x in parts]
-    tile = torch.nn.functional.pad(torch.cat(parts, 3), (4, 4, 4, 4), value=255)
+        pictures = [interpolate(x.float(), size=(112, 112), mode="area").round().to(torch.uint8) for x in pictures]
+    tile = torch.nn.functional.pad(torch.cat(pictures, 3), (4, 4, 4, 4), value=255)
     tile = tile.view(rows, columns, *tile.shape[1:])
     sheet = tile.permute(0, 3, 1, 4, 2).reshape(rows * tile.shape[3], columns * tile.shape[4], 3)
     Image.fromarray(sheet.numpy()).save(path, "PNG", optimize=True)

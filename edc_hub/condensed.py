@@ -106,8 +106,10 @@ def write(
         with work.disk_errors(part):
             data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
         _write_text(part / "recipe.yaml", published)
-        grid = partial(card.grid, None if control else initial.images, decode(files), len(real.names))
-        work.write_atomically(part / "assets/grid.png", grid)
+        shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=control is None)
+        pictures = [decode(files[row] for row in shown.tolist())]
+        pictures = pictures if control else [initial.images[shown], *pictures]
+        work.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
         _write_text(part / "README.md", card.render(facts, recipe.evaluation, data, folder.name))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import matching, work
+from . import matching, pixels, work
 from .errors import InputError
 from .initialize import Initial
 from .matching import Matcher
@@ -44,7 +44,7 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class Pixels:
+class Space:
     """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s)."""
 
     def __init__(self, source: Source, device: torch.device):
@@ -77,16 +77,17 @@ class Crop:
     """One RandomResizedCrop, flip and roll, shared by the whole block, drawn anew each step."""
 
     def __init__(self, size: int, section: Synthesize, generator: torch.Generator):
-        self.size = size
-        self.top, self.left, self.height, self.width = crop_box(size, section.crop_area, generator)
-        draws = torch.rand(3, generator=generator).tolist()
-        self.flip = section.flip and draws[0] < 0.5
-        roll = [int(d * (2 * section.jitter + 1)) - section.jitter for d in draws[1:]]
+        draws = torch.rand(pixels.CROP_DRAWS + 2, generator=generator, dtype=torch.float64).numpy()
+        area = section.crop_area[0], section.crop_area[1]
+        self.size, self.box = size, pixels.crop_box(size, size, draws, area, (3 / 4, 4 / 3))
+        self.flip = section.flip and draws[22] < 0.5
+        roll = [int(draw * (2 * section.jitter + 1)) - section.jitter for draw in draws[pixels.CROP_DRAWS :]]
         self.roll = roll if any(roll) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, 3, s, s) to the same shape, differentiable."""
-        x = x[:, :, self.top : self.top + self.height, self.left : self.left + self.width]
+        left, top, right, bottom = self.box
+        x = x[:, :, top:bottom, left:right]
         if x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
         if self.flip:
@@ -94,27 +95,12 @@ class Crop:
         return x if self.roll is None else x.roll(self.roll, (-2, -1))
 
 
-def crop_box(size: int, area: Sequence[float], generator: torch.Generator) -> tuple[int, int, int, int]:
-    """Top, left, height, width of a random crop: area share in `area`, ratio log-uniform in 3/4 to 4/3.
-
-    As torchvision's RandomResizedCrop: the first of ten draws that fits, else the largest centred crop of the ratio.
-    """
-    draws = torch.rand(10, 4, generator=generator).tolist()
-    for share, ratio, top, left in draws:
-        pixels = size * size * (area[0] + share * (area[1] - area[0]))
-        ratio = math.exp(math.log(3 / 4) + ratio * math.log(16 / 9))
-        width, height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-        if 0 < width <= size and 0 < height <= size:
-            return int(top * (size - height + 1)), int(left * (size - width + 1)), height, width
-    return 0, 0, size, size
-
-
 class Observed:
     """One observer in one block: its network with taps on the layers, and the matcher that holds its targets."""
 
     def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe, session: Session):
         self.network, self.autocast = network, session.autocast
-        self.pixels = Pixels(recipe.source, session.device)
+        self.pixels = Space(recipe.source, session.device)
         self.taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
         self.taps.shift = targets.global_mean
         self.matcher = Matcher(targets, recipe.synthesize, labels)
@@ -162,9 +148,9 @@ def optimise(
     Returns:
         float32 (B, 3, s, s), the last iterate in normalised space, and float32 (T,), the loss of each step.
     """
-    section, pixels = recipe.synthesize, Pixels(recipe.source, session.device)
+    section, space = recipe.synthesize, Space(recipe.source, session.device)
     labels = labels.to(session.device)
-    z = pixels.to_z(images).requires_grad_()
+    z = space.to_z(images).requires_grad_()
     average = z.detach().clone()  # X_EMA
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
@@ -178,12 +164,12 @@ def optimise(
         flat = section.flatness.kind == "logits"
         if flat:
             average.lerp_(z.detach(), 1 - section.flatness.beta)
-        x, averaged = crop(pixels.to_x(z)), crop(pixels.to_x(average)) if flat else None
+        x, averaged = crop(space.to_x(z)), crop(space.to_x(average)) if flat else None
         loss = observed[step % len(observed)].loss(x, averaged, labels, section, generator)
         (gradient,) = torch.autograd.grad(loss * scale, z)
         z.grad = gradient / scale
         adam.step()
-        pixels.clamp(z)
+        space.clamp(z)
         losses[step] = loss.detach()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step]:.3f}")
@@ -297,7 +283,7 @@ def obtain(
                 targets = local_targets(targets, networks[name, epoch], *drawn, recipe, session)
             observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe, session))
         z, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
-        return {"images": Pixels(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
+        return {"images": Space(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
 
     work.run(units, make, session, seed=recipe.seed, label="synthesize")
     result = torch.empty_like(initial.images)
