@@ -1,4 +1,4 @@
-"""The terms of the synthesis loss, one function each (EDC section 3.2 and 3.3, Eq. 4-5; G-VBSM's densification)."""
+"""The terms of the synthesis loss, one function each (EDC section 3.2, Eq. 2, 5 and 7; G-VBSM's densification)."""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ def group(first: Tensor, second: Tensor, shift: Tensor, weights: Tensor | None =
 
 
 class Running:
-    """Statistic EMA of EDC 3.2: the average's value, with the gradient of the present batch.
+    """Statistic EMA of G-VBSM and EDC's code: the average's value, with the gradient of the present batch.
 
     S <- m S + (1 - m) s, given as S / (1 - m^t) + s - sg(s): bias corrected, so the first visit gives s itself.
     """
@@ -52,7 +52,7 @@ def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
 
 
 def layer_losses(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor, layout: Layout) -> Tensor:
-    """Un-squared distances of a layer's means and variances, of channels and tiles: (…, F) to (…, L). Eq. 4."""
+    """Un-squared distances of a layer's means and variances, of channels and tiles: (…, F) to (…, L). Eq. 2."""
     norms = segment_norms(torch.stack([mean - target_mean, var - target_var]), layout).sum(0)
     layers = torch.tensor([segment.layer for segment in layout.segments], device=norms.device)
     return norms.new_zeros(*norms.shape[:-1], layout.layers).index_add(-1, layers, norms)
@@ -128,7 +128,7 @@ class Matcher:
 def flatness(logits: Tensor, averaged: Tensor, section: Flatness) -> Tensor:
     """L'_FR, unweighted: KL between the softened predictions of the images and of their running average.
 
-    `paper`: KL(softmax(f(X) / tau) || softmax(f(X_EMA) / tau)), EDC section 3.3; `code`: the other way round.
+    `paper`: KL(softmax(f(X) / tau) || softmax(f(X_EMA) / tau)), Eq. 7; `code`: the other way round.
     `batchmean` divides by B, `mean` by B * C. No factor tau^2. Both logits (B, C).
     """
     present, average = (F.log_softmax(z / section.tau, -1) for z in (logits, averaged.detach()))

@@ -1,4 +1,4 @@
-"""Moments of the observers' layers over the real set, class by class, and the targets that follow (EDC Eq. 4-5).
+"""Moments of the observers' layers over the real set, class by class, and the targets that follow (EDC Eq. 2 and 5).
 
 For image i of class c let m_i and v_i be the mean and the biased variance of a channel over positions, or of a tile
 over channels and positions. Kept are n_c, mean_c = avg m_i, within_c = avg v_i and between_c = avg (m_i - mean_c)^2:
@@ -73,7 +73,7 @@ class Moments:
         layout = Layout.of(tuple(part) for part in facts["layout"])
         counts = counts[ids].float()
         mixture = mix(mean, within, between, counts / counts.sum(), section.target, counts)
-        global_mean, global_var = whole["global_mean"], global_variance(whole, section, int(counts.sum()))
+        global_mean, global_var = whole["global_mean"], global_variance(whole, section, float(counts.mean()))
         if section.bn_target == "running":
             known = whole["running_mean"].isfinite()
             global_mean = torch.where(known, whole["running_mean"], global_mean)
@@ -100,7 +100,8 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance (F,) of classes together. Moments (G, F), `shares` and `counts` (G,).
 
-    `reference` leaves out the spread of the class means, as EDC's code does.
+    `reference` leaves out the spread of the class means, as EDC's code does. `finite` asks for class means that are
+    met exactly; means of images drawn at random would spread a little more.
     """
     average = shares @ mean
     var = shares @ class_variance(within, between, target, counts[:, None])
@@ -109,11 +110,16 @@ def mix(
     return average, var
 
 
-def global_variance(whole: dict[str, Tensor], section: Section, images: int) -> Tensor:
-    """Global target (F,): within + k (between + spread of class means), k = 1 - 1/batch for `reference` (what the
-    variances of batches are on average), 1 for `exact`, 1 - 1/images of the block for `finite`."""
-    k = {"reference": 1 - 1 / section.batch, "exact": 1.0, "finite": 1 - 1 / images}[section.target]
-    return whole["global_within"] + k * (whole["global_between"] + whole["global_spread"])
+def global_variance(whole: dict[str, Tensor], section: Section, images: float) -> Tensor:
+    """Global target (F,), of within + between + spread of class means, with `images` of a class in the block.
+
+    `reference`: both of the latter times 1 - 1/batch, what the variances of batches are on average; `finite`: between
+    times 1 - 1/images, as in the block's mixture, so that the two agree where a block holds all classes.
+    """
+    within, between, spread = (whole[f"global_{name}"] for name in ("within", "between", "spread"))
+    if section.target == "reference":
+        return within + (1 - 1 / section.batch) * (between + spread)
+    return within + (1 - 1 / images if section.target == "finite" else 1.0) * between + spread
 
 
 def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session) -> Moments:
@@ -133,13 +139,14 @@ def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session
         for name, epoch in keys
     }
     parts = _parts(recipe, real)
-    wanted = [key for key in keys if not session.store.has(units[key])]
+    there = work.present([units[key] for key in keys], session)
+    wanted = [key for key, found in zip(keys, there, strict=True) if not found]
     # the parts of an earlier run that was killed between two observers' files serve as well
     for some in (keys, wanted):
         mark = work.fingerprint(STAGE, VERSION, observers=[units[key].fingerprint for key in some])
         shift_unit = Unit(STAGE, "shift", mark)
         part_units = [Unit(STAGE, f"rows-{index:05d}", mark) for index in range(len(parts))]
-        if wanted and all(session.store.has(unit) for unit in (shift_unit, *part_units)):
+        if wanted and all(work.present([shift_unit, *part_units], session)):
             break
     networks: dict[Key, tuple[Network, Taps]] = {}
 
@@ -162,12 +169,16 @@ def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session
         about = session.store.load(shift_unit)
         for key in some:
             tapped(key)[1].shift = about[_text(key)].to(session.device)
-        return add_up(parts[int(unit.name[5:])], real, recipe, {_text(key): tapped(key) for key in some}, session, progress), {}
+        watching = {_text(key): tapped(key) for key in some}
+        return add_up(parts[int(unit.name[5:])], real, recipe, watching, session, progress), {}
 
     def observer(unit: Unit, *_) -> tuple[dict[str, Tensor], dict]:
         key = next(key for key in keys if units[key] == unit)
+        try:
+            sums = _combine(_text(key), [shift_unit, *part_units], len(real.names), session)
+        except FileNotFoundError:  # another run made the files of all observers meanwhile, and removed the parts
+            return session.store.load(unit), session.store.facts(unit)
         network, taps = tapped(key)
-        sums = _combine(_text(key), [shift_unit, *part_units], len(real.names), session)
         layout = [(s.name, s.kind, s.length) for s in taps.layout.segments]
         return finish(*sums, running=_running(network, taps.layout)), {"layout": layout}
 

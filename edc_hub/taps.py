@@ -1,4 +1,4 @@
-"""Per-image moments of what flows into a network's layers, differentiable back to the pixels (Eq. 4).
+"""Per-image moments of what flows into a network's layers, differentiable back to the pixels (Eq. 2).
 
 A tap is a forward pre-hook on one BatchNorm2d or Conv2d. It sums its input over positions (channel moments), and over
 channels and the positions of a tile (patch moments), image by image: the statistics of a class, a block or a whole

@@ -201,6 +201,12 @@ class Session:
 Make = Callable[[Unit, torch.Generator, Progress], tuple[dict[str, Tensor], dict]]
 
 
+def present(units: list[Unit], session: Session) -> list[bool]:
+    """Whether each unit is there, as the first process sees it: another run may finish one between two looks."""
+    there = torch.tensor([session.store.has(unit) for unit in units], device=session.device).byte()
+    return [bool(found) for found in broadcast(there).tolist()]
+
+
 def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: str) -> int:
     """Makes the units that are missing, sharded over the processes, and waits until all are there.
 
@@ -208,9 +214,7 @@ def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: st
     many units were missing.
     """
     state, store = session.state, session.store
-    # what the first process sees: another run may finish a unit between two looks, and the shares would not add up
-    there = broadcast(torch.tensor([store.has(unit) for unit in units], device=session.device).byte()).tolist()
-    missing = [unit for unit, found in zip(units, there, strict=True) if not found]
+    missing = [unit for unit, there in zip(units, present(units, session), strict=True) if not there]
     session.wait()  # all have looked before the first writes
     mine = missing[state.process_index :: state.num_processes]
     for unit in session.bar(mine, desc=label, unit="unit"):

@@ -161,9 +161,43 @@ def test_targets_are_those_of_the_definition(session, target):
         var = var + 3 / 4 * (mean[0] - middle) ** 2 + 1 / 4 * (mean[2] - middle) ** 2
     close(targets.mixture_mean, middle), close(targets.mixture_var, var)
     m, v = image_moments(net, real.pixels[real.rows()], targets.layout)
-    k = {"reference": 1 - 1 / 4, "exact": 1, "finite": 1 - 1 / 4}[target]  # batch 4, block of 4
     close(targets.global_mean, m.mean(0))
-    close(targets.global_var, v.mean(0) + k * m.var(0, correction=0))
+    share = n.double()[:, None] / n.sum()
+    inside, spread = (share * between).sum(0), (share * (mean - m.mean(0)) ** 2).sum(0)
+    asked = {
+        "reference": (1 - 1 / 4) * (inside + spread),  # batch 4
+        "exact": inside + spread,
+        "finite": (1 - 1 / 2) * inside + spread,  # 3 and 1 images: 2 of a class
+    }
+    close(targets.global_var, v.mean(0) + asked[target])
+
+
+def test_the_reference_target_is_what_variances_of_batches_are_on_average(session):
+    real, net = Real(), network()
+    found = moments.obtain(recipe(target="reference", bn_target="pass"), real, Nets(net=net), session)
+    targets = found.targets("net", 1, torch.tensor([1, 1, 0]))
+    m, v = image_moments(net, real.pixels[real.rows()], targets.layout)
+    generator, total, draws = torch.Generator().manual_seed(0), 0, 4000
+    for _ in range(draws):  # batches of 4, as the recipe has it
+        batch = torch.randint(len(m), (4,), generator=generator)
+        total = total + m[batch].var(0, correction=0)  # the variance within images is v.mean(0) in all of them
+    wide = m.var(0, correction=0) > 1e-3 * v.mean(0)  # else what is left of a float32 difference is noise
+    error = (total / draws - (targets.global_var.double() - v.mean(0)))[wide].abs() / m.var(0, correction=0)[wide]
+    assert wide.sum() > 20 and error.mean() < 0.03  # the factor takes off 0.25
+
+
+def test_finite_targets_of_a_block_with_all_classes_alike_agree_with_the_global_form(session):
+    real, net = Real(), network()
+    found = moments.obtain(recipe(target="finite", bn_target="pass"), real, Nets(net=net), session)
+    n = torch.bincount(real.labels[real.rows()])
+    _, mean, within, between = by_class(net, found.targets("net", 1, n).layout, real)
+    even = found.targets("net", 1, torch.tensor([2, 2, 2]))
+    share = n.double()[:, None] / n.sum()
+    close(even.class_var, within + between / 2)
+    drift = ((share - 1 / 3) * (within + between / 2)).sum(0)  # the set's classes are not of one size, the block's are
+    middle = (share * mean).sum(0)
+    drift = drift + (share * (mean - middle) ** 2).sum(0) - ((mean - mean.mean(0)) ** 2).mean(0)
+    close(even.global_var - even.mixture_var, drift, 1e-3)
 
 
 def test_exact_targets_are_the_variance_over_all_values(session):
