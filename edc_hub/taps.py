@@ -111,10 +111,11 @@ class Taps:
         if seen and seen[0]() is h and site.same(seen[1]):  # conv1 and the shortcut of a residual block
             self._moments[module] = seen[2]
             return None
-        if not torch.is_grad_enabled():
-            through, *moments = h, *site.measure(h, self._scratch)
-        else:
-            through, *moments = _Tap.apply(h, site, self._scratch)
+        with torch.autocast(h.device.type, enabled=False):  # it would halve the precision of the sums' products
+            if torch.is_grad_enabled():
+                through, *moments = _Tap.apply(h, site, self._scratch)
+            else:
+                through, *moments = h, *site.measure(h, self._scratch)
         self._moments[module] = moments
         self._seen[id(h)] = weakref.ref(h), site, moments
         return through, *inputs[1:]

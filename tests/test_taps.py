@@ -222,7 +222,15 @@ def test_under_autocast_moments_are_float32_sums_of_what_the_layer_saw():
     assert first.dtype == second.dtype == torch.float32 and grad.isfinite().all() and grad.abs().max() > 0
     segment = next(s for s in taps.layout.segments if s.name == "3" and s.kind == "conv")
     columns = slice(segment.start, segment.start + segment.length)
-    torch.testing.assert_close(first[:, columns].double(), seen["h"].double().mean((2, 3)), rtol=1e-4, atol=1e-6)
+    h = seen["h"].double()
+    torch.testing.assert_close(first[:, columns].double(), h.mean((2, 3)), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second[:, columns].double(), h.square().mean((2, 3)), rtol=1e-4, atol=1e-6)
+    segment = next(s for s in taps.layout.segments if s.name == "3" and s.kind == "patch")
+    columns = slice(segment.start, segment.start + segment.length)
+    tiles = h.unfold(2, 4, 4).unfold(3, 4, 4)
+    torch.testing.assert_close(first[:, columns].double(), tiles.mean((1, 4, 5)).flatten(1), rtol=1e-4, atol=1e-6)
+    expected = tiles.square().mean((1, 4, 5)).flatten(1)
+    torch.testing.assert_close(second[:, columns].double(), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [("bn",), ("conv",), ("patch",), ("bn", "patch")])
