@@ -82,31 +82,22 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
 
 
 def check(recipe: Recipe, real: RealSet) -> None:
-    """Raises InputError where the classes, the observers or the keys cannot give the initial images asked for."""
-    section, need = recipe.initialize, recipe.ipc
+    """Raises InputError where the classes of the set cannot give the images asked for.
+
+    What the recipe alone shows to be impossible is `rules.validate`'s.
+    """
+    section, need = recipe.initialize, recipe.ipc * recipe.initialize.factor**2
+    if len(real.names) < 2:
+        raise InputError(f"source.path: {real.id} has one class, '{real.names[0]}'; a classifier needs two")
     # noise starts from no image, but its moments need one of each class, and the random controls as many as the set
     check_ipc(real, 1 if section.kind == "noise" and not recipe.relabel.controls else recipe.ipc)
-    if section.kind == "noise":
-        return
-    if section.kind in ("rded", "kmeans") and not recipe.observers.networks:
-        raise InputError(f"initialize.kind: {section.kind} needs an observer; list one in observers.networks")
-    if section.kind == "kmeans" and len(section.observers or [0]) > 1:
-        raise InputError("initialize.observers: kmeans uses the features of one observer; name one")
-    if section.kind == "rded":
-        need *= section.factor**2
-        if section.variant == "edc":
-            drawn = rded.EDC_IMAGES * rded.EDC_CROPS
-            if need > drawn:
-                raise InputError(f"initialize.variant: edc draws {drawn} crops a class, {need} are needed; use rded")
-            return
+    if section.kind == "rded" and section.variant == "rded":
         smallest = int(torch.bincount(real.labels[real.labels >= 0], minlength=len(real.names)).min())
         if smallest < need:
             raise InputError(
                 f"initialize.factor: {recipe.ipc} images of {section.factor}x{section.factor} tiles need {need} real "
                 f"images a class, and {real.id} has a class with {smallest}; lower factor or ipc"
             )
-    if section.kind in ("rded", "kmeans") and section.images_per_class < need:
-        raise InputError(f"initialize.images_per_class: {section.images_per_class} is fewer than {need}; raise it")
 
 
 def random_rows(real: RealSet, ipc: int, generator: Generator) -> Tensor:

@@ -238,13 +238,12 @@ def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, T
     present, index, counts = labels.unique(return_inverse=True, return_counts=True)
     weights = F.one_hot(index).t().to(first) / counts.to(first)[:, None]
     centre = weights @ first
-    within = weights @ (second - first.square()).clamp_min_(0)
     apart = first - centre[index.to(first.device)]
-    rest, square = weights @ apart, weights @ apart.square()
-    centre, rest, square, within = (t.cpu().double() for t in (centre, rest, square, within))
+    means = [centre, weights @ apart, weights @ apart.square_(), weights @ second]
+    centre, rest, square, total = (mean.cpu().double() for mean in means)
     mean = centre + rest
-    sums = torch.stack([mean, within, mean.square() + square - rest.square()])
-    return present, sums * counts[:, None]
+    square = mean.square() + square - rest.square()
+    return present, torch.stack([mean, total - square, square]) * counts[:, None]
 
 
 def add_batch(
@@ -310,7 +309,7 @@ def finish(counts: Tensor, shift: Tensor, sums: Tensor, running: dict[str, Tenso
     """
     n = counts.clamp_min(1)[:, None]
     first, within, square = (part / n for part in sums)
-    between = (square - first.square()).clamp_min_(0)
+    within, between = within.clamp_min_(0), (square - first.square()).clamp_min_(0)
     shares = counts.double() / counts.sum()
     centre = shares @ first
     whole = {

@@ -1,7 +1,7 @@
-"""One hooked input: the sums of its values and squares, image by image, and what their gradients give back.
+"""One hooked input: the moments of each image in few passes, and what their gradients give back.
 
-The same few passes serve the moments of the real set and synthesis. Memory traffic is all they cost, so on a CPU a
-site works in chunks that stay in the cache, forward and backward, and the backward is written out: it adds to the
+The moments of the real set and synthesis use the same sums. Memory traffic and the number of calls are all they cost:
+on a CPU a site works in chunks that stay in the cache, and the backward is written out, so that it adds to the
 gradient that the layer has just made and allocates nothing of its size.
 """
 
@@ -21,10 +21,10 @@ TINY = 16  # positions up to which a matrix product sums them faster than a redu
 
 
 class Site:
-    """The input (B, D, H, W) of one layer, what is asked of it, and the shift its moments are about.
+    """The input (B, D, H, W) of one layer: what is asked of it, and the shift its moments are about.
 
     Channel moments are over positions. Patch moments are over channels and the positions of a tile, `side` a side; a
-    map of another size is first enlarged (bilinear) to whole tiles. `h` may have any memory format and precision;
+    map of another size is first enlarged (bilinear) to whole tiles. h may have any memory format and precision;
     moments are float32.
     """
 
@@ -34,15 +34,20 @@ class Site:
         self.kind, self.side, self.size, self.positions = kind, side, (height, width), height * width
         self.grid = -(-height // side), -(-width // side)
         self.extent = self.grid[0] * side, self.grid[1] * side
-        self.tiles = self.grid[0] * self.grid[1]
-        self.aligned = self.extent == self.size
-        self.channel, self.patch = kind in layers, kind == "conv" and "patch" in layers
-        self.columns = self.channels * self.channel
-        self.whole = self.tiles == 1 and self.aligned  # the tile is the map: its sums follow from the channels'
+        self.channel, patch = kind in layers, kind == "conv" and "patch" in layers
+        self.columns, tiles = self.channels * self.channel, self.grid[0] * self.grid[1]
+        self.parts: list[tuple[str, Kind, int]] = [(name, kind, self.channels)] * self.channel
+        self.parts += [(name, "patch", tiles)] * patch
+        self.values = [self.positions] * self.channel + [self.channels * side**2] * patch
+        """How many values each of the `parts` is a mean of."""
+        # How tiles are summed. The map is one tile: from the channels' sums; or less than one: by a small matrix.
+        self.tile: Literal["none", "map", "small", "pooled", "enlarged"] = "none"
+        if patch and tiles == 1:
+            self.tile = "map" if self.extent == self.size else "small"
+        elif patch:
+            self.tile = "pooled" if self.extent == self.size else "enlarged"
         # A layer of another class may hand its output's gradient on as its input's: that one is not ours to change.
         self.sole = type(module).forward in (nn.Conv2d.forward, nn.BatchNorm2d.forward)
-        self.parts: list[tuple[str, Kind, int]] = [(name, kind, self.channels)] * self.channel
-        self.parts += [(name, "patch", self.tiles)] * self.patch
 
     def set_shift(self, shift: Tensor) -> None:
         """`shift` (f,) of the channels and tiles asked for."""
@@ -52,96 +57,95 @@ class Site:
         self.about = channels[:, None, None].expand(-1, *self.size)
         if self.positions < TINY:
             self.about = self.about.contiguous()
-        self.share = torch.full_like(shift, 1 / (self.side**2 * self.channels))  # of one value in each moment
-        self.share[: self.columns] = 1 / self.positions
+        self.average = shift.new_full((self.positions,), 1 / self.positions)
         spread, tiles = channels - channels.mean(), tiles - channels.mean()
         self.weights = torch.stack([torch.ones_like(spread), 2 * spread]) / self.channels
-        self.tile_offset = torch.stack([spread.mean() - tiles, (spread**2).mean() - 2 * spread.mean() * tiles + tiles**2])
+        self.tile_first = spread.mean() - tiles
+        self.tile_second = spread.square().mean() - 2 * spread.mean() * tiles + tiles.square()
         self.tile_slope = -2 * tiles
-        if self.patch and self.tiles == 1:
-            eye = torch.eye(self.positions, device=shift.device).view(-1, 1, *self.size)
-            enlarge = self._enlarged(eye).flatten(1) / self.side  # (HW, H'W')
-            self.position_sum, self.gram = enlarge.sum(1) / self.side, enlarge @ enlarge.t()
+        if self.tile == "small":
+            self._set_small(shift.device)
+
+    def _set_small(self, device: torch.device) -> None:
+        """A map h smaller than a tile, enlarged to it: the tile's mean is w.h, its mean square |h R|^2 = h.G h.
+
+        A product with so small a matrix is slow: where it can, it takes the maps of several channels at once.
+        """
+        eye = torch.eye(self.positions, dtype=torch.float64).view(-1, 1, *self.size)
+        enlarged = self._enlarged(eye).flatten(1)  # (HW, side^2)
+        gram = enlarged @ enlarged.t() / self.side**2
+        values, vectors = torch.linalg.eigh(gram)
+        root = vectors * values.clamp_min(0).sqrt()
+        several = [n for n in (2, 4, 8, 16) if n * self.positions <= TINY and self.channels % n == 0]
+        self.tile_average = enlarged.mean(1).float().to(device)
+        self.gram, self.root = (torch.block_diag(*[m.float()] * max([1, *several])).to(device) for m in (gram, root))
 
     def same(self, other: "Site") -> bool:
         """Whether the other site's moments of a tensor are this one's."""
         return self.kind == other.kind and torch.equal(self.shift, other.shift)
 
-    def measure(self, h: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-        """First and second moments of h about the shift, each float32 (B, f), in one pass over h.
+    def measure(self, h: Tensor, first: Tensor, second: Tensor, scratch: Tensor) -> None:
+        """Writes first and second moments of h about the shift to `first` and `second` (B, f), in one pass over h.
 
-        Those of a tile are taken about the channels' shifts c_d first, and then moved to the tile's k:
+        Those of a tile are taken about the channels' shifts c_d, and then moved to the tile's k:
         (h - k)^2 = (h - c_d)^2 + 2 (c_d - k) (h - c_d) + (c_d - k)^2. `scratch` is memory to work in.
         """
-        moments = h.new_empty(2, len(h), len(self.shift), dtype=torch.float32)
-        rows = moments[..., : self.columns] if self.channel else moments.new_empty(2, len(h), self.channels)
-        over_rows, over_maps = self.channel or (self.patch and self.whole), self.patch and not self.whole
-        if over_maps:
-            cells = self.positions if self.tiles == 1 else self.extent[0] * self.extent[1]
-            maps = moments.new_empty(len(h), 2, cells)
-            squares = moments.new_empty(len(h), *((cells, cells) if self.tiles == 1 else (cells,)))
+        rows = first[:, : self.columns], second[:, : self.columns]
+        if self.tile == "map" and not self.channel:
+            rows = first.new_empty(2, len(h), self.channels).unbind()
+        if self.tile in ("small", "pooled", "enlarged"):
+            cells = 1 if self.tile == "small" else self.extent[0] * self.extent[1]
+            sums, squares = first.new_empty(len(h), 2, cells), first.new_empty(len(h), 1, cells)
         for part in self._chunks(h):
-            e = self._centred(h[part], scratch)
-            if over_maps:
-                wide = (e if self.aligned or self.tiles == 1 else self._enlarged(e)).flatten(2)
-                torch.matmul(self.weights, wide, out=maps[part])
-                if self.tiles == 1:
-                    torch.bmm(wide.mT, wide, out=squares[part])
-                elif not self.aligned:
-                    torch.sum(wide.square_(), 1, out=squares[part])
-            if over_rows:
-                self._sum_positions(e, rows[0, part])
-                self._sum_positions(e.square_(), rows[1, part])
-            if over_maps and self.aligned:
-                torch.sum((e if over_rows else e.square_()).flatten(2), 1, out=squares[part])
-        if over_rows:
-            rows.mul_(1 / self.positions)
-        if self.patch:
-            if self.whole:
-                sums = rows[0] @ self.weights.t()
-                sums[:, 1] += rows[1].mean(1)
-                sums = sums[:, :, None]
-            elif self.tiles == 1:
-                sums = maps @ self.position_sum[:, None]
-                sums[:, 1] += squares.flatten(1) @ self.gram.view(-1, 1) / self.channels
-            else:
-                maps[:, 1].add_(squares, alpha=1 / self.channels)
-                sums = F.avg_pool2d(maps.view(-1, 2, *self.extent), self.side).flatten(2)
-            first, second = moments[..., self.columns :]
-            torch.add(sums[:, 0], self.tile_offset[0], out=first)
-            torch.addcmul(sums[:, 1], sums[:, 0], self.tile_slope, out=second).add_(self.tile_offset[1])
-        return moments[0], moments[1]
+            x = h[part]
+            e = torch.sub(x, self.about, out=_room(x, scratch))
+            if self.tile == "small":
+                torch.mm(e.flatten(2) @ self.tile_average, self.weights.t(), out=sums[part, :, 0])
+                product = e.view(-1, len(self.root)) @ self.root
+                torch.sum(product.square_().view(len(x), -1), 1, out=squares[part, 0, 0])
+            elif self.tile in ("pooled", "enlarged"):
+                wide = (e if self.tile == "pooled" else self._enlarged(e)).flatten(2)
+                torch.bmm(self.weights.expand(len(x), -1, -1), wide, out=sums[part])
+                if self.tile == "enlarged":
+                    torch.sum(wide.square_(), 1, keepdim=True, out=squares[part])
+            if self.channel or self.tile == "map":
+                self._mean(e, rows[0][part])
+            e.square_()
+            if self.channel or self.tile == "map":
+                self._mean(e, rows[1][part])
+            if self.tile == "pooled":
+                torch.sum(e.flatten(2), 1, keepdim=True, out=squares[part])
+        if self.tile == "none":
+            return
+        if self.tile == "map":
+            sums, squares = (rows[0] @ self.weights.t())[:, :, None], rows[1].sum(1)[:, None, None]
+        elif self.tile in ("pooled", "enlarged"):
+            sums, squares = (F.avg_pool2d(t.unflatten(2, self.extent), self.side).flatten(2) for t in (sums, squares))
+        first, second = first[:, self.columns :], second[:, self.columns :]
+        torch.add(sums[:, 0], self.tile_first, out=first)
+        torch.addcmul(sums[:, 1], sums[:, 0], self.tile_slope, out=second)
+        second.add_(self.tile_second).add_(squares[:, 0], alpha=1 / self.channels)
 
-    def pull_back(self, grad: Tensor, h: Tensor, first: Tensor, second: Tensor, scratch: Tensor) -> None:
-        """Adds to `grad` (B, D, H, W), in place, what gradients (B, f) of first and second moments give for h.
+    def pull_back(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor, scratch: Tensor) -> None:
+        """Adds h * slope + offset to `grad` (B, D, H, W), in place.
 
-        That is h * slope + offset. Gradients that all images share (as of a mean over the block) come with stride 0:
-        slope and offset are then of one image.
+        `slope` and `offset` (b, f) belong to the moments' columns: b = B, or b = 1 where all images share them.
         """
-        if first.stride(0) == second.stride(0) == 0:
-            first, second = first[:1], second[:1]
-        slope = second * (2 * self.share)
-        offset = torch.addcmul(first * self.share, slope, self.shift, value=-1)
         both = slope, offset
         channel = [t[:, : self.columns, None, None] for t in both] if self.channel else []
-        if self.patch and not self.aligned:
-            self._add_enlarged(grad, h, *(t[:, self.columns :] for t in both), scratch)
-        tile = [self._spread(t[:, self.columns :]) for t in both] if self.patch and self.aligned else []
-        if channel and tile and (len(slope) == 1 or self.whole):
+        tile = [self._spread(t[:, self.columns :]) for t in both] if self.tile in ("map", "pooled") else []
+        if self.tile in ("small", "enlarged"):
+            self._pull_back_enlarged(grad, h, *(t[:, self.columns :] for t in both), scratch)
+        if channel and tile and (len(slope) == 1 or self.tile == "map"):
             channel, tile = [c + t for c, t in zip(channel, tile, strict=True)], []
-        if channel or tile:
-            self._add(grad, h, channel, tile, scratch)
-
-    def _add(self, grad: Tensor, h: Tensor, channel: list[Tensor], tile: list[Tensor], scratch: Tensor) -> None:
-        """grad += h * slope + offset, in each the sum of a map (b, D, 1, 1) and a map (b, 1, H, W), or one of them."""
         maps = [] if channel and tile else channel or tile
-        if maps and len(maps[0]) == 1 and self.positions <= SMALL:
+        if maps and len(slope) == 1 and self.positions <= SMALL:
             maps = [m.expand(-1, self.channels, *self.size).contiguous() for m in maps]
-        for part in self._chunks(h):
+        for part in self._chunks(h) if channel or tile else ():
             g, x = grad[part], h[part]
             for index in (0, 1):
                 if maps:
-                    m = maps[index] if len(maps[index]) == 1 else maps[index][part]
+                    m = maps[index] if len(slope) == 1 else maps[index][part]
                 else:
                     m = torch.add(channel[index][part], tile[index][part], out=_room(x, scratch))
                 if index == 1:
@@ -151,50 +155,49 @@ class Site:
                 else:
                     g.add_(x * m)
 
-    def _add_enlarged(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor, scratch: Tensor) -> None:
-        """The same for tiles of the enlarged map; slope and offset (b, P)."""
-        if self.tiles == 1:
-            slope, offset = slope[:, :, None, None], (offset * self.position_sum * self.side**2).view(-1, 1, *self.size)
+    def _pull_back_enlarged(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor, scratch: Tensor) -> None:
+        """The same for the tiles (b, P) of the enlarged map."""
+        if self.tile == "small":  # w and G are of means over the tile, slope and offset of its single values
+            slope, offset = slope[:, :, None, None] * self.side**2, offset * self.tile_average * self.side**2
+            offset = offset.view(-1, 1, *self.size)
         else:
             slope, offset = self._spread(slope), self._spread(offset)
         for part in self._chunks(h):
             x = h[part]
             a, b = (t if len(t) == 1 else t[part] for t in (slope, offset))
-            if self.tiles == 1:
-                scaled = torch.mul(x, a, out=_room(x, scratch))
-                grad[part] += (scaled.flatten(2) @ self.gram).view(x.shape) * self.side**2
-                grad[part] += b
+            if self.tile == "small":
+                scaled = torch.mul(x, a, out=_room(x, scratch)).view(-1, len(self.gram))
+                grad[part].add_((scaled @ self.gram).view(x.shape)).add_(b)
             else:
                 wide = torch.addcmul(b, self._enlarged(x.float()), a)
-                grad[part] += torch.ops.aten.upsample_bilinear2d_backward(wide, self.extent, x.shape, False)
+                back = torch.ops.aten.upsample_bilinear2d_backward(wide, self.extent, x.shape, False)
+                grad[part].add_(back)
 
     def _chunks(self, h: Tensor) -> Iterator[slice]:
         """Images that are worked on together; all of them where there are no caches to stay in."""
         step = max(1, CHUNK // h[0].numel()) if h.device.type == "cpu" else len(h)
         return (slice(start, start + step) for start in range(0, len(h), step))
 
-    def _centred(self, x: Tensor, scratch: Tensor) -> Tensor:
-        return torch.sub(x, self.about, out=_room(x, scratch))
-
     def _enlarged(self, x: Tensor) -> Tensor:
         return F.interpolate(x, self.extent, mode="bilinear")
 
     def _spread(self, values: Tensor) -> Tensor:
-        """Values of tiles (b, P) to a map (b, 1, H', W')."""
-        if self.tiles == 1:
+        """Values of tiles (b, P) as a map (b, 1, H', W')."""
+        if self.tile == "map":
             return values[:, :, None, None]
         maps = values.reshape(-1, 1, self.grid[0], 1, self.grid[1], 1)
         return maps.expand(-1, -1, -1, self.side, -1, self.side).reshape(-1, 1, *self.extent)
 
-    def _sum_positions(self, e: Tensor, out: Tensor) -> None:
+    def _mean(self, e: Tensor, out: Tensor) -> None:
+        """The mean over positions (n, D) of e."""
         if self.positions <= TINY:
-            out.copy_(e.flatten(2) @ e.new_ones(self.positions))
+            out.copy_(e.flatten(2) @ self.average)
         else:
-            torch.sum(e, (2, 3), out=out)
+            torch.mean(e, (2, 3), out=out)
 
 
 def _room(x: Tensor, scratch: Tensor) -> Tensor:
     """A float32 tensor of the shape of x: on a CPU always the same memory, which stays in the cache."""
     if x.device.type == "cpu":
         return scratch[: x.numel()].view(x.shape)
-    return torch.empty_like(x, dtype=torch.float32)
+    return torch.empty(x.shape, device=x.device)

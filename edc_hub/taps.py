@@ -7,6 +7,7 @@ larger than its spread. Memory traffic is what taps cost: on a CPU they work in 
 backward is written out; it adds to the gradient that the layer has just made and allocates nothing of its size.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -73,14 +74,19 @@ class Taps:
     """
 
     def __init__(self, network: Network, *, patch: int, layers: Sequence[Kind] = KINDS):
-        self._sites = _probe(network, patch, layers)
-        self.layout = Layout.of(part for site in self._sites.values() for part in site.parts)
+        self.sites = _probe(network, patch, layers)
+        self.layout = Layout.of(part for site in self.sites.values() for part in site.parts)
         if not self.layout.segments:
-            arch = network.facts["arch"]
-            raise InputError(f"synthesize.layers: {arch} has no {' or '.join(layers)} input to match; add another kind")
-        largest = max(site.channels * site.positions for site in self._sites.values())
-        self._scratch = torch.empty(max(CHUNK, largest))
-        self.shift = torch.zeros(self.layout.size, device=network.mean.device)
+            arch, kinds = network.facts["arch"], " or ".join(layers)
+            raise InputError(f"synthesize.layers: {arch} has no {kinds} input to match; add another kind")
+        ends = itertools.accumulate(sum(length for *_, length in site.parts) for site in self.sites.values())
+        self.columns = {m: slice(*pair) for m, pair in zip(self.sites, itertools.pairwise([0, *ends]), strict=True)}
+        values = torch.tensor([count for site in self.sites.values() for count in site.values])
+        lengths = torch.tensor([segment.length for segment in self.layout.segments])
+        self.share = (1 / values).repeat_interleave(lengths).to(network.mean)  # of one value in each moment
+        # One place to work in for all sites: on a CPU it stays in the cache.
+        self.scratch = torch.empty(max(CHUNK, *(site.channels * site.positions for site in self.sites.values())))
+        self.shift = torch.zeros_like(self.share)
 
     @property
     def shift(self) -> Tensor:
@@ -89,49 +95,35 @@ class Taps:
 
     @shift.setter
     def shift(self, shift: Tensor) -> None:
-        self._shift, start = shift, 0
-        for site in self._sites.values():
-            columns = sum(length for _, _, length in site.parts)
-            site.set_shift(shift[start : start + columns])
-            start += columns
+        self._shift = shift
+        for module, site in self.sites.items():
+            site.set_shift(shift[self.columns[module]])
 
     def __enter__(self) -> "Taps":
-        self._seen: dict[int, tuple[weakref.ref, Site, tuple[Tensor, Tensor]]] = {}
-        self._moments: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-        self._handles = [module.register_forward_pre_hook(self._tap) for module in self._sites]
+        self._pass = _Pass(self)
+        self._handles = [module.register_forward_pre_hook(self._pass.tap) for module in self.sites]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _tap(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        site, h = self._sites[module], inputs[0]
-        seen = self._seen.get(id(h))
-        if seen and seen[0]() is h and site.same(seen[1]):  # conv1 and the shortcut of a residual block
-            self._moments[module] = seen[2]
-            return None
-        with torch.autocast(h.device.type, enabled=False):  # it would halve the precision of the sums' products
-            if torch.is_grad_enabled():
-                through, *moments = _Tap.apply(h, site, self._scratch)
-            else:
-                through, *moments = h, *site.measure(h, self._scratch)
-        self._moments[module] = moments
-        self._seen[id(h)] = weakref.ref(h), site, moments
-        return through, *inputs[1:]
-
     def collect(self) -> tuple[Tensor, Tensor]:
         """Moments of the images of the last forward, about `shift` s: E[h - s] and E[(h - s)^2], float32 (B, F)."""
-        moments = [self._moments[module] for module in self._sites]
-        self._moments, self._seen = {}, {}
-        return torch.cat([first for first, _ in moments], 1), torch.cat([second for _, second in moments], 1)
+        done, self._pass = self._pass, None
+        tokens, done.tokens = done.tokens, []
+        return _Collect.apply(done, *tokens)
 
 
 def _probe(network: Network, patch: int, layers: Sequence[Kind]) -> dict[nn.Module, "Site"]:
     """Sites in the order of `named_modules`, from the shapes that one image meets."""
     shapes: dict[nn.Module, torch.Size] = {}
     watched = [m for m in network.module.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
-    handles = [m.register_forward_pre_hook(lambda m, inputs: shapes.update({m: inputs[0].shape})) for m in watched]
+
+    def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shapes.setdefault(module, inputs[0].shape)
+
+    handles = [module.register_forward_pre_hook(look) for module in watched]
     size = network.facts["input_size"] or network.facts["image_size"]
     try:
         with torch.no_grad():
@@ -143,19 +135,93 @@ def _probe(network: Network, patch: int, layers: Sequence[Kind]) -> dict[nn.Modu
     return {module: site for module, site in sites.items() if site.parts}
 
 
+class _Pass:
+    """One forward through the hooks, and the backward through it."""
+
+    def __init__(self, taps: Taps):
+        self.taps, self.shift = taps, taps.shift
+        self.moments: Tensor | None = None  # (2, B, F)
+        self.tokens: list[Tensor] = []
+        self.met: set[nn.Module] = set()
+        self.seen: dict[int, tuple[weakref.ref, nn.Module]] = {}
+        self.copied: list[tuple[slice, slice]] = []  # columns: from, to
+        self.slope: Tensor | None = None  # (b, F): h * slope + offset is added to the gradient of h
+        self.offset: Tensor | None = None
+
+    def tap(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The hook: measures the layer's input, and passes it on."""
+        if module in self.met:  # a layer that the network uses twice counts where it is used first
+            return inputs
+        self.met.add(module)
+        h, columns = inputs[0], self.taps.columns[module]
+        if self.moments is None:
+            self.moments = torch.empty(2, len(h), len(self.shift), device=h.device)
+        alive, other = self.seen.get(id(h), (None, None))
+        if other and alive() is h and self.taps.sites[module].same(self.taps.sites[other]):
+            # conv1 and the shortcut of a residual block are fed the same tensor
+            self.copied.append((self.taps.columns[other], columns))
+            self.moments[:, :, columns] = self.moments[:, :, self.taps.columns[other]]
+            return inputs
+        self.seen[id(h)] = weakref.ref(h), module
+        if not torch.is_grad_enabled():
+            self.measure(module, h)
+            return inputs
+        through, token = _Tap.apply(h, self, module)
+        self.tokens.append(token)
+        return through, *inputs[1:]
+
+    def measure(self, module: nn.Module, h: Tensor) -> None:
+        """Writes the moments of one layer's input to its columns."""
+        first, second = self.moments[:, :, self.taps.columns[module]]
+        self.taps.sites[module].measure(h, first, second, self.taps.scratch)
+
+    def set_gradient(self, first: Tensor, second: Tensor) -> None:
+        """From the gradients (B, F) of the moments. Those that all images share, as a mean's, come with stride 0."""
+        if first.stride(0) == second.stride(0) == 0:
+            first, second = first[:1], second[:1]
+        self.slope = second * (2 * self.taps.share)
+        self.offset = torch.addcmul(first * self.taps.share, self.slope, self.shift, value=-1)
+        for source, copy in self.copied:
+            self.slope[:, source] += self.slope[:, copy]
+            self.offset[:, source] += self.offset[:, copy]
+
+    def pull_back(self, module: nn.Module, grad: Tensor, h: Tensor) -> Tensor:
+        """The gradient of h: the layer's, `grad`, and that of the moments."""
+        if self.slope is None:  # the moments were not used
+            return grad
+        site, columns = self.taps.sites[module], self.taps.columns[module]
+        grad = grad if site.sole else grad.clone()
+        site.pull_back(grad, h, self.slope[:, columns], self.offset[:, columns], self.taps.scratch)
+        return grad
+
+
 class _Tap(torch.autograd.Function):
-    """The identity on h, which also gives its moments."""
+    """The identity on h, measured. The token ties it to `_Collect`, whose backward has to come first."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, site: Site, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, h: Tensor, work: _Pass, module: nn.Module) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(h)
-        ctx.site, ctx.scratch = site, scratch
-        return h, *site.measure(h, scratch)
+        ctx.work, ctx.module = work, module
+        work.measure(module, h)
+        return h, h.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, None, None]:
-        (h,) = ctx.saved_tensors
-        grad = grad if ctx.site.sole else grad.clone()
-        ctx.site.pull_back(grad, h, first, second, ctx.scratch)
-        return grad, None, None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.work.pull_back(ctx.module, grad, *ctx.saved_tensors), None, None
+
+
+class _Collect(torch.autograd.Function):
+    """The moments that the taps have written."""
+
+    @staticmethod
+    def forward(ctx: Any, work: _Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.work = work
+        (first, second), work.moments = work.moments, None
+        return first, second
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, first: Tensor, second: Tensor) -> tuple[None, ...]:
+        ctx.work.set_gradient(first, second)
+        return (None,) * len(ctx.needs_input_grad)

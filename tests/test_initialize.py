@@ -263,10 +263,6 @@ def test_finished_images_are_found_and_only_keys_that_matter_change_them(folder,
         ({"ipc": 21}, "ipc: 21 images a class, but class 'a'"),
         ({"ipc": 21, "kind": "noise"}, "ipc: 21 images a class, but class 'a'"),  # the random controls need them
         ({"kind": "rded", "factor": 3}, "initialize.factor: 4 images of 3x3 tiles need 36 .* class with 20"),
-        ({"kind": "rded", "images_per_class": 3}, "initialize.images_per_class: 3 is fewer than 4"),
-        ({"kind": "kmeans", "images_per_class": 3}, "initialize.images_per_class"),
-        ({"kind": "kmeans", "observers": ["one", "two"]}, "initialize.observers: kmeans"),
-        ({"kind": "rded", "variant": "edc", "ipc": 20, "factor": 8}, "initialize.variant: edc draws 1024"),
     ],
 )
 def test_what_cannot_be_made_is_said_before_any_work(folder, observers, session, keys, named):

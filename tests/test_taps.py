@@ -76,13 +76,15 @@ def seeded(make, size):
 
 
 def reference(network, x, layout, side, shift):
-    """Moments of each image by the definition, image by image; the last call of a module counts."""
+    """Moments of each image by the definition, image by image; the first call of a module counts."""
     inputs = {}
-    watched = {name: module for name, module in network.module.named_modules()}
-    handles = [
-        watched[name].register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
-        for name in {segment.name for segment in layout.segments}
-    ]
+    names = {module: name for name, module in network.module.named_modules()}
+
+    def keep(module, args):
+        inputs.setdefault(names[module], args[0])
+
+    watched = {segment.name for segment in layout.segments}
+    handles = [module.register_forward_pre_hook(keep) for module, name in names.items() if name in watched]
     logits = network(x)
     for handle in handles:
         handle.remove()
