@@ -87,8 +87,8 @@ def synthesis_step(names: list[str], flat: bool) -> tuple[Step, Step]:
     section, labels, start = recipe.synthesize, torch.arange(10).repeat_interleave(10), images(100)
     made = [build(name) for name in names]
     observed = [synthesize.Observed(network, targets(network, labels), labels, recipe, SESSION) for network in made]
-    pixels = synthesize.Pixels(recipe.source, SESSION.device)
-    z = pixels.to_z(start).requires_grad_()
+    space = synthesize.Space(recipe.source, SESSION.device)
+    z = space.to_z(start).requires_grad_()
     average = z.detach().clone()
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     draws = generator(0, "benchmark", "views")
@@ -104,11 +104,11 @@ def synthesis_step(names: list[str], flat: bool) -> tuple[Step, Step]:
             crop = synthesize.Crop(SIZE, section, draws)
             if flat:
                 average.lerp_(z.detach(), 1 - section.flatness.beta)
-            averaged = crop(pixels.to_x(average)) if flat else None
-            loss = one.loss(crop(pixels.to_x(z)), averaged, labels, section, draws)
+            averaged = crop(space.to_x(average)) if flat else None
+            loss = one.loss(crop(space.to_x(z)), averaged, labels, section, draws)
             (z.grad,) = torch.autograd.grad(loss, z)
             adam.step()
-            pixels.clamp(z)
+            space.clamp(z)
 
     return bare, ours
 

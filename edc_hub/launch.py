@@ -70,7 +70,8 @@ def artifacts(recipe: Recipe) -> Path:
 
 def refuse_what_is_not_ours(folder: Path) -> None:
     """A run replaces its own files and nobody else's. Raises InputError naming what it did not make."""
-    sets = [folder / "dataset", folder / "controls/initial", *sorted((folder / "controls/random").glob("*"))]
+    # not those that begin with a dot: a killed run leaves what it was building
+    sets = [folder / "dataset", folder / "controls/initial", *sorted((folder / "controls/random").glob("[!.]*"))]
     filled = [place for place in sets if place.is_dir() and any(place.iterdir())]
     others = [place for place in filled if not (place / "manifest.json").exists()]
     file = folder / "recipe.yaml"

@@ -153,6 +153,7 @@ def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session
     def tapped(key: Key) -> tuple[Network, Taps]:
         if key not in networks:
             network = observers.load(*key)
+            Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)  # refused here if it has none
             networks[key] = network, Taps(network, patch=recipe.moments.patch)
         return networks[key]
 
@@ -238,7 +239,7 @@ def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, T
     present, index, counts = labels.unique(return_inverse=True, return_counts=True)
     weights = F.one_hot(index).t().to(first) / counts.to(first)[:, None]
     centre = weights @ first
-    apart = first - centre[index.to(first.device)]
+    apart = first - (centre if len(present) == 1 else centre[index.to(first.device)])
     means = [centre, weights @ apart, weights @ apart.square_(), weights @ second]
     centre, rest, square, total = (mean.cpu().double() for mean in means)
     mean = centre + rest
@@ -280,7 +281,9 @@ def add_up(
         sums["done"] = torch.zeros((), dtype=torch.int64)
     left = rows[int(sums["done"]) :]
     batches = real.batches(left, recipe.moments.batch, view=_view(recipe))
-    for images, labels, _ in session.bar(batches, total=-(-len(left) // recipe.moments.batch), unit="batch", leave=False):
+    for images, labels, _ in session.bar(
+        batches, total=-(-len(left) // recipe.moments.batch), unit="batch", leave=False
+    ):
         add_batch(images, labels, networks, sums, classes, session)
         sums["done"] += len(labels)
         progress.save(lambda: sums)

@@ -5,7 +5,7 @@ on a CPU a site works in chunks that stay in the cache, and the backward is writ
 gradient that the layer has just made and allocates nothing of its size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -57,12 +57,15 @@ class Site:
         self.about = channels[:, None, None].expand(-1, *self.size)
         if self.positions < TINY:
             self.about = self.about.contiguous()
-        self.average = shift.new_full((self.positions,), 1 / self.positions)
+        self.ones = shift.new_ones(self.positions)
         spread, tiles = channels - channels.mean(), tiles - channels.mean()
         self.weights = torch.stack([torch.ones_like(spread), 2 * spread]) / self.channels
-        self.tile_first = spread.mean() - tiles
-        self.tile_second = spread.square().mean() - 2 * spread.mean() * tiles + tiles.square()
         self.tile_slope = -2 * tiles
+        # `finish`: moments are scale * what is measured + add
+        none = shift.new_zeros(self.columns)
+        self.scale = torch.cat([none + 1 / self.positions, torch.ones_like(tiles)])
+        self.add_first = torch.cat([none, spread.mean() - tiles])
+        self.add_second = torch.cat([none, spread.square().mean() - 2 * spread.mean() * tiles + tiles.square()])
         if self.tile == "small":
             self._set_small(shift.device)
 
@@ -84,70 +87,72 @@ class Site:
         """Whether the other site's moments of a tensor are this one's."""
         return self.kind == other.kind and torch.equal(self.shift, other.shift)
 
-    def measure(self, h: Tensor, first: Tensor, second: Tensor, scratch: Tensor) -> None:
-        """Writes first and second moments of h about the shift to `first` and `second` (B, f), in one pass over h.
+    def measure(self, h: Tensor, moments: Sequence[tuple[Tensor, Tensor]], scratch: Tensor) -> None:
+        """Writes what `finish` makes first and second moments of, in one pass over h.
 
-        Those of a tile are taken about the channels' shifts c_d, and then moved to the tile's k:
+        `moments` holds a pair (B, length) for each of the `parts`: sums over positions of h - c_d and (h - c_d)^2,
+        and for tiles the means that moving these to the tile's own shift k needs:
         (h - k)^2 = (h - c_d)^2 + 2 (c_d - k) (h - c_d) + (c_d - k)^2. `scratch` is memory to work in.
         """
-        rows = first[:, : self.columns], second[:, : self.columns]
-        if self.tile == "map" and not self.channel:
-            rows = first.new_empty(2, len(h), self.channels).unbind()
+        rows = moments[0] if self.channel else None
+        if self.tile == "map" and not rows:
+            rows = h.new_empty(2, len(h), self.channels, dtype=torch.float32).unbind()
         if self.tile in ("small", "pooled", "enlarged"):
             cells = 1 if self.tile == "small" else self.extent[0] * self.extent[1]
-            sums, squares = first.new_empty(len(h), 2, cells), first.new_empty(len(h), 1, cells)
+            sums, squares = (h.new_empty(len(h), n, cells, dtype=torch.float32) for n in (2, 1))
         for part in self._chunks(h):
-            x = h[part]
+            x = _cut(h, part)
             e = torch.sub(x, self.about, out=_room(x, scratch))
             if self.tile == "small":
-                torch.mm(e.flatten(2) @ self.tile_average, self.weights.t(), out=sums[part, :, 0])
+                torch.mm(e.flatten(2) @ self.tile_average, self.weights.t(), out=_cut(sums, part)[:, :, 0])
                 product = e.view(-1, len(self.root)) @ self.root
-                torch.sum(product.square_().view(len(x), -1), 1, out=squares[part, 0, 0])
+                torch.sum(product.square_().view(len(x), -1), 1, out=_cut(squares, part)[:, 0, 0])
             elif self.tile in ("pooled", "enlarged"):
                 wide = (e if self.tile == "pooled" else self._enlarged(e)).flatten(2)
-                torch.bmm(self.weights.expand(len(x), -1, -1), wide, out=sums[part])
+                torch.bmm(self.weights.expand(len(x), -1, -1), wide, out=_cut(sums, part))
                 if self.tile == "enlarged":
-                    torch.sum(wide.square_(), 1, keepdim=True, out=squares[part])
-            if self.channel or self.tile == "map":
-                self._mean(e, rows[0][part])
+                    torch.sum(wide.square_(), 1, keepdim=True, out=_cut(squares, part))
+            if rows:
+                self._sum(e, _cut(rows[0], part))
             e.square_()
-            if self.channel or self.tile == "map":
-                self._mean(e, rows[1][part])
+            if rows:
+                self._sum(e, _cut(rows[1], part))
             if self.tile == "pooled":
-                torch.sum(e.flatten(2), 1, keepdim=True, out=squares[part])
+                torch.sum(e.flatten(2), 1, keepdim=True, out=_cut(squares, part))
         if self.tile == "none":
             return
         if self.tile == "map":
-            sums, squares = (rows[0] @ self.weights.t())[:, :, None], rows[1].sum(1)[:, None, None]
-        elif self.tile in ("pooled", "enlarged"):
-            sums, squares = (F.avg_pool2d(t.unflatten(2, self.extent), self.side).flatten(2) for t in (sums, squares))
-        first, second = first[:, self.columns :], second[:, self.columns :]
-        torch.add(sums[:, 0], self.tile_first, out=first)
-        torch.addcmul(sums[:, 1], sums[:, 0], self.tile_slope, out=second)
-        second.add_(self.tile_second).add_(squares[:, 0], alpha=1 / self.channels)
+            sums = (rows[0] @ self.weights.t() / self.positions)[:, :, None]
+            squares = rows[1].sum(1)[:, None, None] / self.positions
+        sums[:, 1:].add_(squares, alpha=1 / self.channels)
+        if self.tile in ("pooled", "enlarged"):
+            sums = F.avg_pool2d(sums.view(-1, 2, *self.extent), self.side).flatten(2)
+        first, second = moments[-1]
+        first.copy_(sums[:, 0])
+        torch.addcmul(sums[:, 1], first, self.tile_slope, out=second)
 
-    def pull_back(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor, scratch: Tensor) -> None:
+    def pull_back(self, grad: Tensor, h: Tensor, slope: Sequence[Tensor], offset: Sequence[Tensor], scratch: Tensor):
         """Adds h * slope + offset to `grad` (B, D, H, W), in place.
 
-        `slope` and `offset` (b, f) belong to the moments' columns: b = B, or b = 1 where all images share them.
+        `slope` and `offset` (b, length) for each of the `parts`: b = B, or b = 1 where all images share them.
         """
-        both = slope, offset
-        channel = [t[:, : self.columns, None, None] for t in both] if self.channel else []
-        tile = [self._spread(t[:, self.columns :]) for t in both] if self.tile in ("map", "pooled") else []
+        both, alike = (slope, offset), len(slope[0]) == 1
+        channel = [t[0][:, :, None, None] for t in both] if self.channel else []
+        tile = [self._spread(t[-1]) for t in both] if self.tile in ("map", "pooled") else []
         if self.tile in ("small", "enlarged"):
-            self._pull_back_enlarged(grad, h, *(t[:, self.columns :] for t in both), scratch)
-        if channel and tile and (len(slope) == 1 or self.tile == "map"):
+            self._pull_back_enlarged(grad, h, slope[-1], offset[-1], scratch)
+        if channel and tile and (alike or self.tile == "map"):
             channel, tile = [c + t for c, t in zip(channel, tile, strict=True)], []
         maps = [] if channel and tile else channel or tile
-        if maps and len(slope) == 1 and self.positions <= SMALL:
+        if maps and alike and self.positions <= SMALL:
             maps = [m.expand(-1, self.channels, *self.size).contiguous() for m in maps]
         for part in self._chunks(h) if channel or tile else ():
-            g, x = grad[part], h[part]
+            g, x = _cut(grad, part), _cut(h, part)
             for index in (0, 1):
                 if maps:
-                    m = maps[index] if len(slope) == 1 else maps[index][part]
+                    m = maps[index] if alike else _cut(maps[index], part)
                 else:
-                    m = torch.add(channel[index][part], tile[index][part], out=_room(x, scratch))
+                    m = torch.add(_cut(channel[index], part), _cut(tile[index], part), out=_room(x, scratch))
                 if index == 1:
                     g.add_(m)
                 elif g.dtype == torch.float32:
@@ -163,20 +168,22 @@ class Site:
         else:
             slope, offset = self._spread(slope), self._spread(offset)
         for part in self._chunks(h):
-            x = h[part]
-            a, b = (t if len(t) == 1 else t[part] for t in (slope, offset))
+            g, x = _cut(grad, part), _cut(h, part)
+            a, b = (t if len(t) == 1 else _cut(t, part) for t in (slope, offset))
             if self.tile == "small":
                 scaled = torch.mul(x, a, out=_room(x, scratch)).view(-1, len(self.gram))
-                grad[part].add_((scaled @ self.gram).view(x.shape)).add_(b)
+                g.add_((scaled @ self.gram).view(x.shape)).add_(b)
             else:
                 wide = torch.addcmul(b, self._enlarged(x.float()), a)
                 back = torch.ops.aten.upsample_bilinear2d_backward(wide, self.extent, x.shape, False)
-                grad[part].add_(back)
+                g.add_(back)
 
-    def _chunks(self, h: Tensor) -> Iterator[slice]:
-        """Images that are worked on together; all of them where there are no caches to stay in."""
-        step = max(1, CHUNK // h[0].numel()) if h.device.type == "cpu" else len(h)
-        return (slice(start, start + step) for start in range(0, len(h), step))
+    def _chunks(self, h: Tensor) -> list[slice | None]:
+        """Images that are worked on together; None for all of them, as where there are no caches to stay in."""
+        step = CHUNK // (self.channels * self.positions) or 1
+        if h.device.type != "cpu" or step >= len(h):
+            return [None]
+        return [slice(start, start + step) for start in range(0, len(h), step)]
 
     def _enlarged(self, x: Tensor) -> Tensor:
         return F.interpolate(x, self.extent, mode="bilinear")
@@ -188,12 +195,16 @@ class Site:
         maps = values.reshape(-1, 1, self.grid[0], 1, self.grid[1], 1)
         return maps.expand(-1, -1, -1, self.side, -1, self.side).reshape(-1, 1, *self.extent)
 
-    def _mean(self, e: Tensor, out: Tensor) -> None:
-        """The mean over positions (n, D) of e."""
+    def _sum(self, e: Tensor, out: Tensor) -> None:
+        """The sum over positions (n, D) of e."""
         if self.positions <= TINY:
-            out.copy_(e.flatten(2) @ self.average)
+            out.copy_(e.flatten(2) @ self.ones)
         else:
-            torch.mean(e, (2, 3), out=out)
+            torch.sum(e, (2, 3), out=out)
+
+
+def _cut(t: Tensor, part: slice | None) -> Tensor:
+    return t if part is None else t[part]
 
 
 def _room(x: Tensor, scratch: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ class Layout(NamedTuple):
     def keep(self, kinds: Iterable[Kind]) -> tuple["Layout", Tensor]:
         """The layout of these kinds alone, layers numbered anew, and its columns in this one: int64 (F',)."""
         kept = [segment for segment in self.segments if segment.kind in kinds]
-        columns = [torch.arange(segment.start, segment.start + segment.length) for segment in kept]
-        return Layout.of((segment.name, segment.kind, segment.length) for segment in kept), torch.cat(columns)
+        columns = [n for segment in kept for n in range(segment.start, segment.start + segment.length)]
+        layout = Layout.of((segment.name, segment.kind, segment.length) for segment in kept)
+        return layout, torch.tensor(columns, dtype=torch.int64)
 
 
 class Taps:
@@ -95,9 +96,25 @@ class Taps:
 
     @shift.setter
     def shift(self, shift: Tensor) -> None:
-        self._shift = shift
+        self._shift, self._alike = shift, {}
         for module, site in self.sites.items():
             site.set_shift(shift[self.columns[module]])
+        scale, *add = (
+            torch.cat([getattr(site, name) for site in self.sites.values()])
+            for name in ("scale", "add_first", "add_second")
+        )
+        self.scale, self.add = scale, add
+
+    def alike(self, one: nn.Module, other: nn.Module) -> bool:
+        """Whether both layers' moments of the same tensor are the same; compared once, as that waits for a GPU."""
+        if (one, other) not in self._alike:
+            self._alike[one, other] = self.sites[one].same(self.sites[other])
+        return self._alike[one, other]
+
+    def split(self, columns: Tensor) -> dict[nn.Module, list[Tensor]]:
+        """Views of (b, F) for each layer and each of its parts."""
+        views = iter(columns.split([segment.length for segment in self.layout.segments], 1))
+        return {module: [next(views) for _ in site.parts] for module, site in self.sites.items()}
 
     def __enter__(self) -> "Taps":
         self._pass = _Pass(self)
@@ -139,30 +156,25 @@ class _Pass:
     """One forward through the hooks, and the backward through it."""
 
     def __init__(self, taps: Taps):
-        self.taps, self.shift = taps, taps.shift
-        self.moments: Tensor | None = None  # (2, B, F)
+        self.taps, self.shift, self.scale, self.add = taps, taps.shift, taps.scale, taps.add
+        self.moments: tuple[Tensor, Tensor] | None = None  # (B, F), first and second
+        self.slope: dict[nn.Module, tuple[Tensor, ...]] = {}  # h * slope + offset is added to the gradient of h
+        self.offset: dict[nn.Module, tuple[Tensor, ...]] = {}
         self.tokens: list[Tensor] = []
-        self.met: set[nn.Module] = set()
-        self.seen: dict[int, tuple[weakref.ref, nn.Module]] = {}
-        self.copied: list[tuple[slice, slice]] = []  # columns: from, to
-        self.slope: Tensor | None = None  # (b, F): h * slope + offset is added to the gradient of h
-        self.offset: Tensor | None = None
+        self.met: dict[int, tuple[weakref.ref, nn.Module]] = {}
+        self.copied: dict[nn.Module, nn.Module | None] = {}  # where a layer's moments come from
 
     def tap(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The hook: measures the layer's input, and passes it on."""
-        if module in self.met:  # a layer that the network uses twice counts where it is used first
+        if module in self.copied:  # a layer that the network uses twice counts where it is used first
             return inputs
-        self.met.add(module)
-        h, columns = inputs[0], self.taps.columns[module]
-        if self.moments is None:
-            self.moments = torch.empty(2, len(h), len(self.shift), device=h.device)
-        alive, other = self.seen.get(id(h), (None, None))
-        if other and alive() is h and self.taps.sites[module].same(self.taps.sites[other]):
-            # conv1 and the shortcut of a residual block are fed the same tensor
-            self.copied.append((self.taps.columns[other], columns))
-            self.moments[:, :, columns] = self.moments[:, :, self.taps.columns[other]]
+        h = inputs[0]
+        alive, other = self.met.get(id(h), (None, None))
+        if other is None or alive() is not h or not self.taps.alike(module, other):
+            self.met[id(h)], other = (weakref.ref(h), module), None
+        self.copied[module] = other
+        if other:  # the shortcut of a residual block is fed the same tensor as its first layer
             return inputs
-        self.seen[id(h)] = weakref.ref(h), module
         if not torch.is_grad_enabled():
             self.measure(module, h)
             return inputs
@@ -171,27 +183,47 @@ class _Pass:
         return through, *inputs[1:]
 
     def measure(self, module: nn.Module, h: Tensor) -> None:
-        """Writes the moments of one layer's input to its columns."""
-        first, second = self.moments[:, :, self.taps.columns[module]]
-        self.taps.sites[module].measure(h, first, second, self.taps.scratch)
+        """Has the moments of one layer's input written to their columns."""
+        if self.moments is None:
+            self.moments = torch.empty(2, len(h), len(self.shift), device=h.device).unbind()
+            first, second = (self.taps.split(moments) for moments in self.moments)
+            self.views = {module: list(zip(first[module], second[module], strict=True)) for module in first}
+        if torch.is_autocast_enabled(h.device.type):  # it would halve the precision of the sums' products
+            with torch.autocast(h.device.type, enabled=False):
+                return self.taps.sites[module].measure(h, self.views[module], self.taps.scratch)
+        self.taps.sites[module].measure(h, self.views[module], self.taps.scratch)
+
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """First and second moments (B, F)."""
+        assert self.copied.keys() == self.taps.sites.keys(), "the network took another way than at first"
+        for module, other in self.copied.items():
+            for mine, theirs in zip(self.views[module], self.views[other], strict=True) if other else ():
+                mine[0].copy_(theirs[0])
+                mine[1].copy_(theirs[1])
+        (first, second), self.moments, self.views = self.moments, None, {}
+        for moments, add in zip((first, second), self.add, strict=True):
+            torch.addcmul(add, moments, self.scale, out=moments)
+        return first, second
 
     def set_gradient(self, first: Tensor, second: Tensor) -> None:
         """From the gradients (B, F) of the moments. Those that all images share, as a mean's, come with stride 0."""
         if first.stride(0) == second.stride(0) == 0:
             first, second = first[:1], second[:1]
-        self.slope = second * (2 * self.taps.share)
-        self.offset = torch.addcmul(first * self.taps.share, self.slope, self.shift, value=-1)
-        for source, copy in self.copied:
-            self.slope[:, source] += self.slope[:, copy]
-            self.offset[:, source] += self.offset[:, copy]
+        slope = second * (2 * self.taps.share)
+        self.slope = self.taps.split(slope)
+        self.offset = self.taps.split(torch.addcmul(first * self.taps.share, slope, self.shift, value=-1))
+        for module, other in self.copied.items():
+            for gradient in (self.slope, self.offset) if other else ():
+                for mine, theirs in zip(gradient[module], gradient[other], strict=True):
+                    theirs += mine
 
     def pull_back(self, module: nn.Module, grad: Tensor, h: Tensor) -> Tensor:
         """The gradient of h: the layer's, `grad`, and that of the moments."""
-        if self.slope is None:  # the moments were not used
+        if not self.slope:  # the moments were not used
             return grad
-        site, columns = self.taps.sites[module], self.taps.columns[module]
+        site = self.taps.sites[module]
         grad = grad if site.sole else grad.clone()
-        site.pull_back(grad, h, self.slope[:, columns], self.offset[:, columns], self.taps.scratch)
+        site.pull_back(grad, h, self.slope[module], self.offset[module], self.taps.scratch)
         return grad
 
 
@@ -217,8 +249,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, work: _Pass, *tokens: Tensor) -> tuple[Tensor, Tensor]:
         ctx.work = work
-        (first, second), work.moments = work.moments, None
-        return first, second
+        return work.finish()
 
     @staticmethod
     @once_differentiable

@@ -139,7 +139,9 @@ def test_dropped_layers_are_convolutions_drawn_from_the_generator():
     given, section = targets(), Synthesize(drop_rate=0.5, ema=0.0)
     first, second = moments(given)
     whole = statistics(first.detach().double(), second.detach().double(), given.global_mean, range(6))
-    possible = {names: slow(given, section, *whole, None, None, names).item() for names in [(), ("a",), ("c",), ("a", "c")]}
+    possible = {
+        names: slow(given, section, *whole, None, None, names).item() for names in [(), ("a",), ("c",), ("a", "c")]
+    }
     generator, seen = torch.Generator().manual_seed(0), set()
     for _ in range(40):
         found = Matcher(given, section, LABELS)(first, second, generator).item()
@@ -244,7 +246,11 @@ class Block(nn.Module):
 def test_a_residual_add_gets_its_own_gradient(order):
     torch.manual_seed(0)
     net = nn.Module()
-    net.module, net.facts, net.mean = Block(order), {"input_size": None, "image_size": 8, "arch": "block"}, torch.zeros(1, 3, 1, 1)
+    net.module, net.facts, net.mean = (
+        Block(order),
+        {"input_size": None, "image_size": 8, "arch": "block"},
+        torch.zeros(1, 3, 1, 1),
+    )
     net.forward = net.module.forward
     given = targets(Taps(net, patch=4).layout)
     section = Synthesize(ema=0.0, class_scope="mixture")
@@ -263,7 +269,10 @@ def test_a_residual_add_gets_its_own_gradient(order):
     (h,) = seen
     tiles = h.unfold(2, 4, 4).unfold(3, 4, 4).permute(2, 3, 0, 1, 4, 5).reshape(4, -1)
     flat = h.transpose(0, 1).flatten(1)
-    mean, var = torch.cat([flat.mean(1), tiles.mean(1)]), torch.cat([flat.var(1, correction=0), tiles.var(1, correction=0)])
+    mean, var = (
+        torch.cat([flat.mean(1), tiles.mean(1)]),
+        torch.cat([flat.var(1, correction=0), tiles.var(1, correction=0)]),
+    )
     expected = torch.autograd.grad(slow(given, section, mean, var, None, None) + out.sin().sum(), pixels)[0]
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -274,10 +283,14 @@ def test_flatness_is_the_divergence_of_softened_predictions(direction, reduction
     logits, averaged = draw(4, 7, seed=1).requires_grad_(), draw(4, 7, seed=2).requires_grad_()
     section = Flatness(kind="logits", tau=3.0, direction=direction, reduction=reduction)
     found = matching.flatness(logits, averaged, section)
-    p, q = (torch.exp(z.double() / 3) / torch.exp(z.double() / 3).sum(1, keepdim=True) for z in (logits, averaged.detach()))
+    p, q = (
+        torch.exp(z.double() / 3) / torch.exp(z.double() / 3).sum(1, keepdim=True) for z in (logits, averaged.detach())
+    )
     if direction == "code":
         p, q = q, p
-    expected = sum(p[i, j] * (p[i, j].log() - q[i, j].log()) for i in range(4) for j in range(7)) / (4 if reduction == "batchmean" else 28)
+    expected = sum(p[i, j] * (p[i, j].log() - q[i, j].log()) for i in range(4) for j in range(7)) / (
+        4 if reduction == "batchmean" else 28
+    )
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-7)
     grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (found, expected)]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)
@@ -299,7 +312,9 @@ def test_densification_distils_the_spectrum_of_each_class():
         expected = expected + (target * (target.log() - torch.log_softmax(spectrum, 0))).sum()
     (expected_grad,) = torch.autograd.grad(expected, pixels)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(found_grad.double(), expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item())
+    torch.testing.assert_close(
+        found_grad.double(), expected_grad, rtol=1e-3, atol=1e-3 * expected_grad.abs().max().item()
+    )
 
 
 def test_densification_of_single_images_is_nothing():

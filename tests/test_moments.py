@@ -207,7 +207,9 @@ def test_exact_targets_are_the_variance_over_all_values(session):
     targets = found.targets("net", 1, n)
     inputs = []
     exact = copy.deepcopy(net).double()
-    exact.module.get_submodule(targets.layout.segments[2].name).register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
+    exact.module.get_submodule(targets.layout.segments[2].name).register_forward_pre_hook(
+        lambda _, a: inputs.append(a[0])
+    )
     exact(real.pixels[real.rows()].double() / 255)
     segment = targets.layout.segments[2]
     columns = slice(segment.start, segment.start + segment.length)
@@ -286,7 +288,9 @@ def test_a_killed_pass_ends_with_the_bytes_of_an_undisturbed_one(session, tmp_pa
     assert len(list(other.store.root.rglob("*@1-*"))) < 2
     resumed = moments.obtain(recipe(names), Real(), nets, other)
     for unit in whole._units.values():
-        assert other.store.path(resumed._units[unit.name[:-2], 1]).read_bytes() == session.store.path(unit).read_bytes()
+        assert (
+            other.store.path(resumed._units[unit.name[:-2], 1]).read_bytes() == session.store.path(unit).read_bytes()
+        )
     left = {path.name.partition("-")[0] for path in other.store.root.rglob("*.safetensors")}
     assert left == {"net@1", "more@1"}  # parts are gone once every observer's file is there
 

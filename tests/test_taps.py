@@ -96,7 +96,9 @@ def reference(network, x, layout, side, shift):
             if h.shape[-2:] != (height, width):
                 h = F.interpolate(h, (height, width), mode="bilinear", align_corners=False)
             tiles = [
-                h[:, :, i : i + side, j : j + side].flatten(1) for i in range(0, height, side) for j in range(0, width, side)
+                h[:, :, i : i + side, j : j + side].flatten(1)
+                for i in range(0, height, side)
+                for j in range(0, width, side)
             ]
             values = torch.stack(tiles, 1)
         else:
@@ -289,9 +291,11 @@ def test_hooks_are_gone_after_use_even_after_an_error():
 @pytest.mark.parametrize("arch", ["resnet18", "mobilenet_v2", "wrn_16_2", "shufflenet_v2_x0_5", "convnet"])
 def test_an_observer_of_the_paper_gets_the_gradient_of_the_definition(arch):
     args = {"width": 8} if arch == "convnet" else {}
-    network = networks.build(
-        arch, 10, args=args, image_size=16, seed=3, mean=[0.5] * 3, std=[0.25] * 3
-    ).eval().requires_grad_(False)
+    network = (
+        networks.build(arch, 10, args=args, image_size=16, seed=3, mean=[0.5] * 3, std=[0.25] * 3)
+        .eval()
+        .requires_grad_(False)
+    )
     taps, x = Taps(network, patch=4), torch.rand(2, 3, 16, 16)
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randn(2, taps.layout.size, generator=generator) for _ in range(2))
