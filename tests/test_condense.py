@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -264,3 +265,17 @@ def test_what_a_killed_run_was_building_is_not_taken_for_somebody_elses(tmp_path
     for left in ("controls/random/.2.host.77.tmp", ".dataset.host.77.tmp"):
         (tmp_path / left / "images").mkdir(parents=True)
     launch.refuse_what_is_not_ours(tmp_path)
+
+
+def test_the_examples_of_the_readme_run_as_they_stand(finished, tmp_path, monkeypatch):
+    (tmp_path / "runs/digits-edc-ipc10").parent.mkdir()
+    (tmp_path / "runs/digits-edc-ipc10").symlink_to(finished[0] / "run")
+    monkeypatch.chdir(tmp_path)
+    readme = Path(__file__).parent.parent / "README.md"
+    train, replay = [part.split("```")[0] for part in readme.read_text().split("```python\n")[1:]]
+    assert train.count("range(30)") == 1
+    names: dict = {}
+    exec(train.replace("range(30)", "range(2)"), names)
+    assert names["loss"].isfinite()
+    exec(replay, names)
+    assert names["pixels"].shape == (20, 3, 8, 8) and names["logits"].shape == (20, 10)
