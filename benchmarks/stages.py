@@ -46,7 +46,7 @@ def build(name: str) -> Network:
     )
     with torch.no_grad():
         for _ in range(10):
-            network.train()(images(64) / 255)
+            network.train()(images(16) / 255)
     return network.eval().requires_grad_(False)
 
 

@@ -308,7 +308,7 @@ def _combine(name: str, units: list[Unit], classes: int, session: Session) -> tu
 def finish(counts: Tensor, shift: Tensor, sums: Tensor, running: dict[str, Tensor]) -> dict[str, Tensor]:
     """An observer's file: `n` (C,), `mean`, `within`, `between` float32 (C, F), and the whole set's, weighted by n.
 
-    A class without images has zeros. `running` holds `running_mean` and `running_var` (F,), NaN where a layer has none.
+    A class without images has zeros. `running`: `running_mean` and `running_var` (F,), NaN where a layer has none.
     """
     n = counts.clamp_min(1)[:, None]
     first, within, square = (part / n for part in sums)

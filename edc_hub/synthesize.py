@@ -6,7 +6,6 @@ networks see `x = z * std + mean` in [0, 1].
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F

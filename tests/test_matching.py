@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from edc_hub import matching, networks
 from edc_hub.matching import Matcher, Running
 from edc_hub.moments import Targets
 from edc_hub.recipe import Flatness, Synthesize
 from edc_hub.taps import Layout, Taps
-from torch import nn
 
 
 LAYOUT = Layout.of(

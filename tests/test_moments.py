@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from edc_hub import matching, moments, networks
 from edc_hub.recipe import Recipe
 from edc_hub.taps import Taps
@@ -142,6 +143,22 @@ def test_moments_hold_where_the_mean_is_a_hundred_times_the_spread(session):
         close(file[name][:, first], exact[:, first])
     total = file["within"] + file["between"]
     close(total, within + between, 1e-3)  # deeper layers work on rounded inputs
+
+
+def test_sums_of_a_class_do_not_cancel_far_from_the_shift():
+    """A class's images are alike and far from the other classes: their spread is a hundredth of the distance."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([5, 2, 5, 5, 2, 5, 2, 5])
+    first = 100 * torch.randn(8, 1, generator=generator)[labels] + 0.5 * torch.randn(8, 40, generator=generator)
+    second = first.square() + torch.rand(8, 40, generator=generator)
+    present, sums = moments.class_sums(first, second, labels)
+    assert present.tolist() == [2, 5] and sums.dtype == torch.float64
+    for row, label in enumerate((2, 5)):
+        m, s = first[labels == label].double(), second[labels == label].double()
+        n = len(m)
+        close(sums[0, row], m.sum(0), 1e-6)
+        close(sums[1, row], (s - m**2).sum(0), 1e-2)  # float32 holds no more of a variance given as a mean square
+        close(sums[2, row] / n - (sums[0, row] / n) ** 2, m.var(0, correction=0))
 
 
 @pytest.mark.parametrize("target", ["reference", "exact", "finite"])

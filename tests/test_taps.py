@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from edc_hub import networks
+from torch import nn
+
+from edc_hub import networks, sites
 from edc_hub.errors import InputError
 from edc_hub.taps import Layout, Taps
-from torch import nn
 
 
 class Wrapped(nn.Module):
@@ -49,11 +50,26 @@ class Residual(nn.Module):
         return self.head(y.mean((2, 3)))
 
 
-class Padded(nn.Conv2d):
-    """A Conv2d subclass whose input gradient shares memory with its output gradient."""
+class Handing(nn.Conv2d):
+    """A Conv2d subclass whose input gradient is the very tensor of its output gradient."""
 
     def forward(self, x):
-        return x + 0 * super().forward(x).sum()
+        return x + 1
+
+
+class Sum(nn.Module):
+    """One gradient tensor goes to both terms of the sum; `first` says which of them the graph makes first."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.one, self.two, self.handing = first, nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1), Handing(6, 6, 1)
+
+    def forward(self, x):
+        if self.first == "handing":
+            a, b = self.handing(torch.tanh(self.one(x))), torch.tanh(self.two(x))
+        else:
+            b, a = torch.tanh(self.two(x)), self.handing(torch.tanh(self.one(x)))
+        return (a + b).flatten(1) if self.first == "handing" else (b + a).flatten(1)
 
 
 def plain(norm=True, groups=1):
@@ -116,13 +132,16 @@ NETWORKS = {
     "maps smaller than a tile": (lambda: plain(), 6),
     "branch first": (lambda: Residual("branch first"), 8),
     "sum first": (lambda: Residual("sum first"), 8),
-    "a layer of another class": (lambda: nn.Sequential(nn.Conv2d(3, 6, 1), Padded(6, 6, 1), nn.Flatten()), 8),
+    "a layer of another class, first": (lambda: Sum("handing"), 8),
+    "a layer of another class, last": (lambda: Sum("other"), 8),
 }
 
 
+@pytest.mark.parametrize("chunk", [sites.CHUNK, 2000])
 @pytest.mark.parametrize("weights", ["one group", "each image its own"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_moments_and_gradient_are_those_of_the_definition(name, weights):
+def test_moments_and_gradient_are_those_of_the_definition(name, weights, chunk, monkeypatch):
+    monkeypatch.setattr(sites, "CHUNK", chunk)  # the smaller one cuts these few images
     make, size = NETWORKS[name]
     network = seeded(make, size)
     exact = copy.deepcopy(network).double()
@@ -214,27 +233,26 @@ def test_channels_last_gives_the_same():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def test_under_autocast_moments_are_float32_sums_of_what_the_layer_saw():
-    network = seeded(plain, 16)
-    x, taps = torch.rand(4, 3, 16, 16).requires_grad_(), Taps(network, patch=4)
+@pytest.mark.parametrize("size", [16, 8, 4])  # the last layer sees 8x8, 4x4 (one tile) or 2x2 (less than one)
+def test_under_autocast_moments_are_float32_sums_of_what_the_layer_saw(size):
+    network = seeded(plain, size)
+    x, taps = torch.rand(4, 3, size, size).requires_grad_(), Taps(network, patch=4)
     seen = {}
-    network.module[3].register_forward_pre_hook(lambda _, args: seen.update(h=args[0]))
+    network.module[7].register_forward_pre_hook(lambda _, args: seen.update(h=args[0]))
     with torch.autocast("cpu", dtype=torch.bfloat16), taps:
         logits = network(x)
     first, second = taps.collect()
     (grad,) = torch.autograd.grad(logits.float().sum() + first.sum() + second.sum(), x)
     assert first.dtype == second.dtype == torch.float32 and grad.isfinite().all() and grad.abs().max() > 0
-    segment = next(s for s in taps.layout.segments if s.name == "3" and s.kind == "conv")
-    columns = slice(segment.start, segment.start + segment.length)
     h = seen["h"].double()
-    torch.testing.assert_close(first[:, columns].double(), h.mean((2, 3)), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(second[:, columns].double(), h.square().mean((2, 3)), rtol=1e-4, atol=1e-6)
-    segment = next(s for s in taps.layout.segments if s.name == "3" and s.kind == "patch")
-    columns = slice(segment.start, segment.start + segment.length)
-    tiles = h.unfold(2, 4, 4).unfold(3, 4, 4)
-    torch.testing.assert_close(first[:, columns].double(), tiles.mean((1, 4, 5)).flatten(1), rtol=1e-4, atol=1e-6)
-    expected = tiles.square().mean((1, 4, 5)).flatten(1)
-    torch.testing.assert_close(second[:, columns].double(), expected, rtol=1e-4, atol=1e-6)
+    assert seen["h"].dtype == torch.bfloat16
+    wide = h if size > 4 else F.interpolate(h, (4, 4), mode="bilinear")
+    tiles = wide.unfold(2, 4, 4).unfold(3, 4, 4)
+    for segment in taps.layout.segments[-2:]:
+        columns = slice(segment.start, segment.start + segment.length)
+        values = h.flatten(2) if segment.kind == "conv" else tiles.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2)
+        torch.testing.assert_close(first[:, columns].double(), values.mean(2), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(second[:, columns].double(), values.square().mean(2), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [("bn",), ("conv",), ("patch",), ("bn", "patch")])
