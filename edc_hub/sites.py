@@ -48,8 +48,6 @@ class Site:
             self.tile = "pooled" if self.extent == self.size else "enlarged"
         # A layer of another class may hand its output's gradient on as its input's: that one is not ours to change.
         self.sole = type(module).forward in (nn.Conv2d.forward, nn.BatchNorm2d.forward)
-        # A plain frozen norm is a scale and an offset: the site applies them while it has the input in the cache.
-        self.norm = module if type(module).forward is nn.BatchNorm2d.forward and module.track_running_stats else None
 
     def set_shift(self, shift: Tensor) -> None:
         """`shift` (f,) of the channels and tiles asked for."""
@@ -70,13 +68,6 @@ class Site:
         self.add_second = torch.cat([none, spread.square().mean() - 2 * spread.mean() * tiles + tiles.square()])
         if self.tile == "small":
             self._set_small(shift.device)
-        if self.norm is not None:
-            weight = 1.0 if self.norm.weight is None else self.norm.weight.detach()
-            bias = 0.0 if self.norm.bias is None else self.norm.bias.detach()
-            scale = (self.norm.running_var + self.norm.eps).rsqrt() * weight
-            self.affine = [t[:, None, None] for t in (scale, bias - self.norm.running_mean * scale)]
-            if self.positions <= SMALL:
-                self.affine = [t.expand(-1, *self.size).contiguous() for t in self.affine]
 
     def _set_small(self, device: torch.device) -> None:
         """A map h smaller than a tile, enlarged to it: the tile's mean is w.h, its mean square |h R|^2 = h.G h.
@@ -96,15 +87,12 @@ class Site:
         """Whether the other site's moments of a tensor are this one's."""
         return self.kind == other.kind and torch.equal(self.shift, other.shift)
 
-    def measure(
-        self, h: Tensor, moments: Sequence[tuple[Tensor, Tensor]], scratch: Tensor, normalised: Tensor | None = None
-    ) -> None:
+    def measure(self, h: Tensor, moments: Sequence[tuple[Tensor, Tensor]], scratch: Tensor) -> None:
         """Writes what `finish` makes first and second moments of, in one pass over h.
 
         `moments` holds a pair (B, length) for each of the `parts`: sums over positions of h - c_d and (h - c_d)^2,
         and for tiles the means that moving these to the tile's own shift k needs:
-        (h - k)^2 = (h - c_d)^2 + 2 (c_d - k) (h - c_d) + (c_d - k)^2. `scratch` is memory to work in. `normalised`, shaped
-        as h, takes the output of a frozen norm.
+        (h - k)^2 = (h - c_d)^2 + 2 (c_d - k) (h - c_d) + (c_d - k)^2. `scratch` is memory to work in.
         """
         rows = moments[0] if self.channel else None
         if self.tile == "map" and not rows:
@@ -114,8 +102,6 @@ class Site:
             sums, squares = (h.new_empty(len(h), n, cells, dtype=torch.float32) for n in (2, 1))
         for part in self._chunks(h):
             x = _cut(h, part)
-            if normalised is not None:
-                torch.mul(x, self.affine[0], out=_cut(normalised, part)).add_(self.affine[1])
             e = torch.sub(x, self.about, out=_room(x, scratch))
             if self.tile == "small":
                 torch.mm(e.flatten(2) @ self.tile_average, self.weights.t(), out=_cut(sums, part)[:, :, 0])
@@ -173,22 +159,6 @@ class Site:
                     g.addcmul_(x, m)
                 else:
                     g.add_(x * m)
-
-    def pull_back_norm(self, grad: Tensor, h: Tensor, slope: Tensor | None, offset: Tensor | None) -> Tensor:
-        """The gradient of the input of a frozen norm: grad * scale + h * slope + offset; `slope`, `offset` (b, D).
-
-        A new tensor: the gradient of a norm's output is often another branch's too.
-        """
-        if slope is None:
-            return grad * self.affine[0]
-        scale, slope, offset = self.affine[0], slope[:, :, None, None], offset[:, :, None, None]
-        if len(slope) == 1 and self.positions <= SMALL:
-            slope, offset = (t.expand(-1, -1, *self.size).contiguous() for t in (slope, offset))
-        result = torch.empty_like(h, dtype=torch.float32)
-        for part in self._chunks(h):
-            a, b = (t if len(t) == 1 else _cut(t, part) for t in (slope, offset))
-            torch.mul(_cut(h, part), a, out=_cut(result, part)).add_(b).addcmul_(_cut(grad, part), scale)
-        return result.to(grad.dtype)
 
     def _pull_back_enlarged(self, grad: Tensor, h: Tensor, slope: Tensor, offset: Tensor, scratch: Tensor) -> None:
         """The same for the tiles (b, P) of the enlarged map."""

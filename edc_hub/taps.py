@@ -7,7 +7,6 @@ larger than its spread. Memory traffic is what taps cost: on a CPU they work in 
 backward is written out; it adds to the gradient that the layer has just made and allocates nothing of its size.
 """
 
-import functools
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
@@ -119,20 +118,12 @@ class Taps:
 
     def __enter__(self) -> "Taps":
         self._pass = _Pass(self)
-        self._handles = []
-        for module, site in self.sites.items():
-            if site.norm is not None:
-                module.forward = functools.partial(self._pass.normalise, module)
-            else:
-                self._handles.append(module.register_forward_pre_hook(self._pass.tap))
+        self._handles = [module.register_forward_pre_hook(self._pass.tap) for module in self.sites]
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for module, site in self.sites.items():
-            if site.norm is not None:
-                del module.forward
 
     def collect(self) -> tuple[Tensor, Tensor]:
         """Moments of the images of the last forward, about `shift` s: E[h - s] and E[(h - s)^2], float32 (B, F)."""
@@ -191,16 +182,7 @@ class _Pass:
         self.tokens.append(token)
         return through, *inputs[1:]
 
-    def normalise(self, module: nn.Module, h: Tensor) -> Tensor:
-        """In place of a frozen norm's forward: measures the input, and normalises it on the way."""
-        if module in self.copied:
-            return type(module).forward(module, h)
-        self.copied[module] = None
-        out, token = _Norm.apply(h, self, module)
-        self.tokens.append(token)
-        return out
-
-    def measure(self, module: nn.Module, h: Tensor, normalised: Tensor | None = None) -> None:
+    def measure(self, module: nn.Module, h: Tensor) -> None:
         """Has the moments of one layer's input written to their columns."""
         if self.moments is None:
             self.moments = torch.empty(2, len(h), len(self.shift), device=h.device).unbind()
@@ -208,8 +190,8 @@ class _Pass:
             self.views = {module: list(zip(first[module], second[module], strict=True)) for module in first}
         if torch.is_autocast_enabled(h.device.type):  # it would halve the precision of the sums' products
             with torch.autocast(h.device.type, enabled=False):
-                return self.taps.sites[module].measure(h, self.views[module], self.taps.scratch, normalised)
-        self.taps.sites[module].measure(h, self.views[module], self.taps.scratch, normalised)
+                return self.taps.sites[module].measure(h, self.views[module], self.taps.scratch)
+        self.taps.sites[module].measure(h, self.views[module], self.taps.scratch)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """First and second moments (B, F)."""
@@ -259,25 +241,6 @@ class _Tap(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         return ctx.work.pull_back(ctx.module, grad, *ctx.saved_tensors), None, None
-
-
-class _Norm(torch.autograd.Function):
-    """A frozen BatchNorm2d, its input measured."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, work: _Pass, module: nn.Module) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(h)
-        ctx.work, ctx.module = work, module
-        out = torch.empty_like(h)
-        work.measure(module, h, out)
-        return out, h.new_empty(0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        site, work = ctx.work.taps.sites[ctx.module], ctx.work
-        slope, offset = (t[ctx.module][0] if t else None for t in (work.slope, work.offset))
-        return site.pull_back_norm(grad, *ctx.saved_tensors, slope, offset), None, None
 
 
 class _Collect(torch.autograd.Function):
