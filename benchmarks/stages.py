@@ -5,7 +5,8 @@
 Both sides work on the same batch in one process, turn by turn, so that a busy machine slows both; reported are the
 median of the rounds' ratios and their quartiles. Peak memory is that of a fresh process for each side. The bare
 network is a no-grad forward for moments and relabel, for synthesis forward, cross-entropy and backward to the input
-with frozen weights. Batches and settings are those of the shipped recipe cifar100.
+with frozen weights, for training forward, loss, backward and the step of the optimiser. Batches and settings are those
+of the shipped recipe cifar100; a round of training is as many steps as have their views made at once.
 """
 
 import argparse
@@ -18,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 
-from edc_hub import labels, launch, matching, moments, networks, recipes, synthesize, views
+from edc_hub import feed, labels, launch, matching, moments, networks, recipes, students, synthesize, views
+from edc_hub.condensed import CondensedSet
 from edc_hub.moments import Targets
 from edc_hub.networks import Network
 from edc_hub.taps import Taps
@@ -143,11 +146,65 @@ def relabel_step(names: list[str], session: Session) -> tuple[Step, Step]:
     return bare, ours
 
 
+def training_step(names: list[str], session: Session) -> tuple[Step, Step]:
+    """Steps of each student on stored views with stored labels, weight average included."""
+    section, size = SETUP.evaluation, SETUP.source.size
+    fed = feed.Stored(labelled_set(epochs=10), section.batch, session.device, seed=0)
+    endless = (batch for epoch in range(10**6) for batch in fed.epoch(epoch, generator(0, "benchmark", str(epoch))))
+    steps = feed.views_at_once(size, section.batch) // section.batch
+    batch = next(endless)
+    plain, taught = [], []
+    for name in names:
+        learner = students.Learner(build(name).requires_grad_(), section, session)
+        learner.begin(section.lr)
+        taught.append(learner)
+        bare_network = build(name).requires_grad_().train().to(memory_format=learner.layout)
+        plain.append((bare_network, students.optimizer_of(section, bare_network)))
+    x = batch.x.to(memory_format=taught[0].layout)
+
+    def bare() -> None:
+        for _ in range(steps):
+            for network, optimizer in plain:
+                loss = students.loss_of(section, network(x), batch)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+
+    def ours() -> None:
+        for _ in range(steps):
+            batch = next(endless)
+            for learner in taught:
+                learner.step(batch)
+
+    return bare, ours
+
+
+def labelled_set(epochs: int) -> CondensedSet:
+    """The face of a condensed set of 1000 images in memory, with labels of noise."""
+    section, draws, stored = SETUP.relabel, generator(0, "benchmark", "labels"), images(1000)
+    drawn = []
+    for epoch in range(epochs):
+        for ids in torch.randperm(len(stored), generator=draws).split(section.batch):
+            drawn.append(views.sample(section, ids, SETUP.source.size, draws, epoch=epoch))
+    table = {name: torch.cat([part[name] for part in drawn]) for name in drawn[0]}
+    soft = torch.randn(len(stored) * epochs, CLASSES, generator=draws).half()
+    facts = {**section.model_dump(), "view_size": SETUP.source.size}
+    return SimpleNamespace(
+        images=stored,
+        labels=torch.arange(1000) // 10,
+        names=[str(name) for name in range(CLASSES)],
+        epochs=epochs,
+        manifest={"soft_labels": facts},
+        labelled=lambda start, stop: (views.take(table, slice(1000 * start, 1000 * stop)), soft[1000 * start :]),
+    )
+
+
 STAGES: dict[str, Callable[[list[str], Session], tuple[Step, Step]]] = {
     "moments": moments_step,
     "synthesis": synthesis_step,
     "synthesis, flatness": lambda names, session: synthesis_step(names, session, "logits"),
     "relabel": relabel_step,
+    "training": training_step,
 }
 
 

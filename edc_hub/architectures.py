@@ -1,5 +1,6 @@
-"""Networks of the paper that no library has: ConvNet-D, wide ResNets for small images, MobileNet-V2 by expansion."""
+"""Networks that no library has as they are needed: ConvNet-D, wide ResNets, MobileNet-V2 by expansion, small forms."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -106,3 +107,54 @@ def mobilenet_v2(num_classes: int, width: float = 1.0, expansion: int = 6, **arg
     return torchvision.models.mobilenet_v2(
         num_classes=num_classes, width_mult=width, inverted_residual_setting=setting, **args
     )
+
+
+# The four below cut patches or pool five times, so a 3x3 stem is no remedy for small images: each has a `small` form.
+
+
+def deit_tiny(num_classes: int, image_size: int, small: bool, **args: Any) -> nn.Module:
+    """timm's DeiT-Tiny for one image size."""
+    form = {"patch_size": 4} if small else {}  # 32 px: 8x8 tokens, 64 px: 16x16, beside 14x14 at 224 px
+    return _timm("deit_tiny_patch16_224", num_classes, {"img_size": image_size}, form, args)
+
+
+def swin_tiny(num_classes: int, image_size: int, small: bool, **args: Any) -> nn.Module:
+    """timm's Swin-Tiny for one image size."""
+    form = {"patch_size": 2, "window_size": 4} if small else {}  # 32 px: maps of 16, 8, 4, 2, whole windows of 4
+    return _timm("swin_tiny_patch4_window7_224", num_classes, {"img_size": image_size}, form, args)
+
+
+def convnext_tiny(num_classes: int, small: bool, **args: Any) -> nn.Module:
+    """timm's ConvNeXt-Tiny."""
+    network = _timm("convnext_tiny", num_classes, {"stem_type": "patch"} if small else {}, {}, args)
+    if small:  # the stem cuts 2x2 for 4x4, 32 px: maps of 16, 8, 4, 2 (with its patch_size 2 timm halves once more)
+        old = network.stem[0]
+        network.stem[0] = nn.Conv2d(old.in_channels, old.out_channels, 2, 2)
+        nn.init.trunc_normal_(network.stem[0].weight, std=0.02)
+        nn.init.zeros_(network.stem[0].bias)
+    return network
+
+
+def _timm(name: str, num_classes: int, fixed: dict[str, Any], form: dict[str, Any], args: dict[str, Any]) -> nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=num_classes, **fixed, **(form | args))
+
+
+def vgg11_bn(num_classes: int, small: bool, **args: Any) -> nn.Module:
+    """torchvision's VGG-11-BN."""
+    if not small:
+        return torchvision.models.vgg11_bn(num_classes=num_classes, **args)
+    if args:
+        raise InputError(f"args: the small VGG-11 has none, got {', '.join(args)}; remove them or use stem: standard")
+    # the form of CIFAR: 32 px end as 512 numbers, so one linear layer classifies them in place of three of 4096
+    body = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["A"], batch_norm=True)
+    parts = {"features": body, "avgpool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    network = nn.Sequential(OrderedDict(parts, classifier=nn.Linear(512, num_classes)))
+    for part in network.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(part.bias)
+    nn.init.normal_(network.classifier.weight, 0, 0.01)
+    nn.init.zeros_(network.classifier.bias)
+    return network

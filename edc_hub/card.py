@@ -17,6 +17,8 @@ _HERE = Path(__file__).parent
 # in a wheel the template lies in the package, in a checkout beside it
 TEMPLATE = (_HERE / "_shipped" if (_HERE / "_shipped").is_dir() else _HERE.parent) / "cards/card.md.jinja"
 
+MARKS = ("<!-- results -->", "<!-- /results -->")
+
 _EXAMPLE = """\
 import timm, torch
 from datasets import load_dataset
@@ -81,7 +83,7 @@ def render(manifest: dict[str, Any], evaluation: Evaluation, data: dict[str, Wri
         source_link=f"[{name}](https://huggingface.co/datasets/{name})" if source["commit"] else name,
         origin=origin[control],
         grid_text=grid,
-        bytes=_bytes,
+        bytes=amount,
         image_bytes=_total(manifest, "images"),
         label_bytes=_total(manifest, "soft_labels"),
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
@@ -89,6 +91,16 @@ def render(manifest: dict[str, Any], evaluation: Evaluation, data: dict[str, Wri
         replay=_REPLAY.format(repo=repo),
         steps=" → ".join(step for step, used in steps.items() if used),
     ).content
+
+
+def with_results(text: str, markdown: str) -> str:
+    """The card `text` with `markdown` between the marks of its results; at its end where it has no marks."""
+    begin, end = MARKS
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        before, after = f"{text.rstrip()}\n\n## Results\n\n", "\n"
+    return f"{before}{begin}\n{markdown.strip()}\n{end}{after}"
 
 
 def _title(manifest: dict[str, Any]) -> str:
@@ -146,7 +158,8 @@ def _total(manifest: dict[str, Any], config: str) -> int:
     return sum(file["bytes"] for path, file in manifest["files"].items() if path.startswith(f"{config}/"))
 
 
-def _bytes(count: int) -> str:
+def amount(count: int) -> str:
+    """A number of bytes for readers, `1.36 MB`."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

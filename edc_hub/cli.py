@@ -8,7 +8,10 @@ from . import __version__, launch
 from .errors import InputError
 
 
-_COMMANDS = {"condense": "condense a real image set: observers, moments, synthesis, soft labels, controls"}
+_COMMANDS = {
+    "condense": "condense a real image set: observers, moments, synthesis, soft labels, controls",
+    "evaluate": "train students from a condensed set and report their accuracy beside its controls",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ Equal inputs give equal bytes. A folder is built beside its place and renamed in
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, card, manifest, recipes, tables, views, work
+from . import __version__, card, documents, manifest, recipes, tables, views, work
 from .errors import InputError
 from .labels import Labels
 from .manifest import FORMAT_VERSION
@@ -197,6 +198,23 @@ class CondensedSet:
         return self.manifest["soft_labels"]["epochs"]
 
     @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe that the set carries; in a run's own folder with its path of a local source."""
+        carried = documents.load(self._fetch("recipe.yaml") / "recipe.yaml")
+        run = self.run
+        if run is not None:
+            carried["source"]["path"] = documents.load(run / "recipe.yaml")["source"]["path"]
+        return carried
+
+    @cached_property
+    def run(self) -> Path | None:
+        """The run folder that this set lies in, where it is one's own; None for a set on its own."""
+        folder = self._fetch("manifest.json")
+        run = folder.parents[2] if folder.parent.name == "random" else folder.parent
+        run = run.parent if run.name == "controls" else run
+        return run if (run / "recipe.yaml").is_file() and (run / "dataset").is_dir() else None
+
+    @cached_property
     def _rows(self) -> pa.Table:
         return pyarrow.dataset.dataset(self._files("images")).to_table()
 
@@ -211,6 +229,13 @@ class CondensedSet:
             if not file.is_file():
                 raise InputError(f"{file}: missing, though manifest.json names it; load or write the set again")
         return [str(file) for file in files]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the `images` files, and of the `soft_labels` files what labels take and what the `views` do."""
+        images, soft = self._files("images"), self._files("soft_labels")
+        labels, total = tables.column_bytes(soft, "soft_label")
+        return {"images": sum(map(os.path.getsize, images)), "labels": labels, "views": total - labels}
 
     @cached_property
     def images(self) -> Tensor:
@@ -234,9 +259,15 @@ class CondensedSet:
         """
         if not 0 <= epoch < self.epochs:
             raise InputError(f"epoch: {epoch} is not in the set; give 0 to {self.epochs - 1}")
-        table = self._labelled.to_table(filter=pyarrow.dataset.field("epoch") == epoch)
+        table, soft = self.labelled(epoch, epoch + 1)
+        return table, soft.float()
+
+    def labelled(self, start: int, stop: int) -> tuple[ViewTable, Tensor]:
+        """The views of the label epochs `start` to `stop - 1`, one epoch after the other, and labels as stored."""
+        epoch = pyarrow.dataset.field("epoch")
+        table = self._labelled.to_table(filter=(epoch >= start) & (epoch < stop))
         columns = {name: tables.tensor(table[name]) for name in table.column_names}
-        return columns, columns.pop("soft_label").float()
+        return columns, columns.pop("soft_label")
 
     def replay(self, epoch: int) -> Tensor:
         """The pixels of one label epoch's views as the observers saw them, float32 (N, 3, v, v) in [0, 1]."""

@@ -44,9 +44,9 @@ def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
     return next((section for section in found if section), None), origin is list
 
 
-def table() -> dict[str, Key]:
+def table(root: type[Section] = Recipe) -> dict[str, Key]:
     """The keys by path."""
-    return {key.path: key for key in walk()}
+    return {key.path: key for key in walk(root)}
 
 
 def describe(annotation: Any, metadata: list[Any] | tuple[Any, ...] = ()) -> str:
@@ -98,30 +98,30 @@ def help_lines(section: type[Section] = Recipe, above: str = "") -> Iterator[str
             yield from help_lines(key.section, f"{key.path}{'[]' * listed}.")
 
 
-def complaint(error: ValidationError) -> str:
-    """The first thing pydantic found, as one line: where, what is wrong, what to write instead."""
+def complaint(error: ValidationError, root: type[Section] = Recipe) -> str:
+    """The first thing pydantic found in `root`, as one line: where, what is wrong, what to write instead."""
     # an unknown key goes first: what is missing or wrong elsewhere often follows from it
     found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
     entry = found[0]
     place, path = _place(entry["loc"])
     kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{place}: unknown key{_meant(path)}"
+        return f"{place}: unknown key{_meant(path, root)}"
     if kind == "missing":
-        return f"{place}: missing; {_example(path)}"
+        return f"{place}: missing; {_example(path, root)}"
     if kind == "value_error":
-        text, known = str(context["error"]), table().get(path)
+        text, known = str(context["error"]), table(root).get(path)
         if known and not known.section:
             return f"{place}: {text}"  # said about this key; a section's validator begins with the key it means
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
-    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path)}"
+    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root)}"
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
     """pydantic's location as ('observers.networks[0].arch', 'observers.networks[].arch')."""
-    loc = tuple(part for part in loc if part not in ("str", "int"))  # the branches of a union are no keys
+    loc = tuple(part for part in loc if part not in ("str", "int", "Student"))  # a union's branches
     place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
     path = "".join("[]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
     return place, path
@@ -150,9 +150,9 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
     return words.get(kind, kind.replace("_", " "))
 
 
-def _example(path: str) -> str:
+def _example(path: str, root: type[Section]) -> str:
     """'write e.g. --ipc 10': the way to write a key, with its default or a value of its kind."""
-    key = table().get(path.removesuffix("[]"))
+    key = table(root).get(path.removesuffix("[]"))
     if key is None:
         return "see --help"
     annotation = key.field.annotation
@@ -181,10 +181,10 @@ def _sample(kind: str) -> Any:
     return next((value for start, value in samples.items() if kind.startswith(start)), "name")
 
 
-def _meant(path: str) -> str:
+def _meant(path: str, root: type[Section]) -> str:
     """'; did you mean …': a near name in the same section, else the same or a near name in another one."""
     section, _, name = path.rpartition(".")
-    every = list(table())
+    every = list(table(root))
     here = [known.removeprefix(f"{section}.") for known in every if known.rpartition(".")[0] == section]
     near = difflib.get_close_matches(name, here, 1, 0.7)
     if not near:

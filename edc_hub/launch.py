@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from . import recipes
+from . import documents, recipes
 from .errors import InputError, OtherStopped
 from .recipe import Recipe
 
@@ -85,7 +85,7 @@ def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
     """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ."""
     if not path.is_file():
         return
-    theirs, ours = _flat(recipes.load(path)), _flat(recipes.read(recipes.published(recipe), "recipe"))
+    theirs, ours = _flat(recipes.load(path)), _flat(documents.read(recipes.published(recipe), "recipe"))
     changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
     if changed:
         more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""

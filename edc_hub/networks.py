@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from .architectures import ConvNet, WideResNet, mobilenet_v2
+from .architectures import ConvNet, WideResNet, convnext_tiny, deit_tiny, mobilenet_v2, swin_tiny, vgg11_bn
 from .errors import InputError
 
 
@@ -77,12 +77,21 @@ OURS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v2": mobilenet_v2,
     "efficientnet_b0": torchvision.models.efficientnet_b0,
     "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
+    "shufflenet_v2": torchvision.models.shufflenet_v2_x0_5,  # the width of the paper
     "alexnet": torchvision.models.alexnet,
     "densenet121": torchvision.models.densenet121,
     "wrn_16_2": WideResNet,
     "convnet": ConvNet,
+    "convnet3": lambda **given: ConvNet(depth=3, **given),
+    "convnet4": lambda **given: ConvNet(depth=4, **given),
+    "vgg11_bn": vgg11_bn,
+    "deit_tiny": deit_tiny,
+    "swin_tiny": swin_tiny,
+    "convnext_tiny": convnext_tiny,
 }
-ONE_STEM = ("wrn_16_2", "convnet")  # made for small images
+ONE_STEM = ("wrn_16_2", "convnet", "convnet3", "convnet4")  # made for small images
+TWO_FORMS = ("vgg11_bn", "deit_tiny", "swin_tiny", "convnext_tiny")  # stem: small builds another form of these
+ONE_SIZE = ("convnet", "convnet3", "convnet4", "deit_tiny", "swin_tiny")  # made for one image size
 
 
 def build(
@@ -99,28 +108,31 @@ def build(
 ) -> Network:
     """A network with random weights that depend on `seed` alone, float32 on the CPU.
 
-    `image_size` is the side of the images it will see, `input_size` the side it wants (None: any). A ConvNet is made
-    for one size, so it always has an `input_size`. Raises InputError for an unknown name, arguments that do not fit,
-    a stem that the network has not, or images that it cannot take.
+    `image_size` is the side of the images it will see, `input_size` the side it wants (None: any). A ConvNet, DeiT or
+    Swin is made for one size, so it always has an `input_size`. Raises InputError for an unknown name, arguments that
+    do not fit, a stem that the network has not, or images that it cannot take.
     """
     args = dict(args or {})
     size = input_size or image_size
     with torch.random.fork_rng(devices=[]):  # every library initialises from the global generator
         torch.default_generator.manual_seed(seed)
-        module = _construct(arch, classes, args, size)
-        stem = _apply_stem(module, arch, stem, size)
+        small = stem == "small" or (stem == "auto" and size <= SMALL)
+        module = _construct(arch, classes, args, size, small)
+        stem = _apply_stem(module, arch, stem, small)
     facts = {"arch": arch, "args": args, "stem": stem, "classes": classes, "image_size": image_size}
     facts |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
-    network = Network(module, facts | {"input_size": size if arch == "convnet" else input_size})
+    network = Network(module, facts | {"input_size": size if arch in ONE_SIZE else input_size})
     _check(network)
     return network
 
 
-def _construct(arch: str, classes: int, args: dict[str, Any], size: int) -> nn.Module:
+def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: bool) -> nn.Module:
     library, _, name = arch.rpartition("/") if not arch.startswith("transformers/") else arch.partition("/")
     try:
         if not library and name in OURS:
-            extra = {"image_size": size} if name == "convnet" else {}
+            extra = ({"image_size": size} if name in ONE_SIZE else {}) | (
+                {"small": small} if name in TWO_FORMS else {}
+            )
             return OURS[name](num_classes=classes, **extra, **args)
         if library == "torchvision" and name in (known := torchvision.models.list_models(torchvision.models)):
             return torchvision.models.get_model(name, weights=None, num_classes=classes, **args)
@@ -136,7 +148,7 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int) -> nn.M
             return AutoModelForImageClassification.from_config(_config(name, classes, args))
         elif library != "torchvision":
             known, name, library = list(OURS), arch, ""
-    except (TypeError, ValueError, AssertionError, IndexError) as error:
+    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ImportError) as error:
         if isinstance(error, InputError):
             raise InputError(f"{arch}: {error}") from None
         raise InputError(f"{arch}: args {args} do not fit: {_line(error)}; remove or correct them") from error
@@ -146,12 +158,24 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int) -> nn.M
 
 
 def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
+    """The configuration of a model type that classifies images (no network), of a local folder or of a Hub id."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES
 
     try:
+        if name in TYPES:
+            known = AutoConfig.for_model(name)
+            if wrong := [key for key in args if not hasattr(known, key)]:  # it would take them without a word
+                raise TypeError(f"a {name} has no {', '.join(wrong)}")
+            return AutoConfig.for_model(name, num_labels=classes, **args)
         return AutoConfig.from_pretrained(name, num_labels=classes, **args)
     except OSError as error:
-        raise InputError(f"no configuration in '{name}' ({_line(error)}); give a Hub id or a local folder") from error
+        raise InputError(
+            f"no configuration in '{name}' ({_line(error)}); give a model type, a Hub id or a local folder"
+        ) from error
+    except StrictDataclassError as error:
+        raise TypeError(" ".join(str(error).split())) from error
 
 
 def small_stem(module: nn.Module) -> bool:
@@ -178,15 +202,15 @@ def small_stem(module: nn.Module) -> bool:
     return True
 
 
-def _apply_stem(module: nn.Module, arch: str, stem: str, size: int) -> str:
+def _apply_stem(module: nn.Module, arch: str, stem: str, small: bool) -> str:
     """Applies the stem that is asked for and returns the one in use."""
     if arch in ONE_STEM:
         if stem == "standard":
             raise InputError(f"stem: {arch} has one stem, the small one; remove the key")
         return "small"
-    if stem == "standard" or (stem == "auto" and size > SMALL):
+    if not small:
         return "standard"
-    if small_stem(module):
+    if arch in TWO_FORMS or small_stem(module):
         return "small"
     if stem == "small":
         raise InputError(

@@ -4,27 +4,27 @@ A key's help text is its `Field(description=...)`; `--help` prints it. Where a d
 text names the table. Nothing here imports torch: a wrong recipe is refused within a second.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-Positive = Annotated[int, Field(ge=1)]
-Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
-Count = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
-Area = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
-
-class Section(BaseModel):
-    """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+from .protocol import Evaluation
+from .section import (
+    Area,
+    Channels,
+    Count,
+    Decay,
+    Deviations,
+    Fraction,
+    Name,
+    Network,
+    Numbered,
+    Positive,
+    Rate,
+    Section,
+    Train,
+    ViewSettings,
+)
 
 
 class Source(Section):
@@ -49,52 +49,6 @@ class Source(Section):
         0.0, description="stratified fraction of the training split kept from everything but choices"
     )
     holdout_seed: Count = Field(0, description="seed of that split; the same for every run that is compared")
-
-
-class Train(Section):
-    """How an observer is trained (SGD with cross-entropy)."""
-
-    epochs: Positive = Field(10, description="epochs of training")
-    snapshots: list[Positive] | None = Field(
-        None, description="epochs after which the weights are kept, named net@epoch; the last epoch always is"
-    )
-    batch: Positive = Field(64, description="images a step")
-    lr: Rate = Field(0.05, description="learning rate")
-    momentum: Decay = Field(0.9, description="momentum of SGD")
-    weight_decay: Rate = Field(0.0, description="weight decay")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the steps")
-    augment: Literal["none", "pad_crop", "rrc"] = Field("pad_crop", description="crop of each training image")
-    pad: Count = Field(4, description="zero padding in pixels for pad_crop")
-    crop_area: Area = Field([0.08, 1.0], description="area range of rrc (RandomResizedCrop)")
-    flip: bool = Field(True, description="mirror half of the images")
-
-    @model_validator(mode="after")
-    def _snapshots(self):
-        if self.snapshots and max(self.snapshots) > self.epochs:
-            raise ValueError(f"snapshots: {max(self.snapshots)} is after the last epoch; raise epochs or drop it")
-        return self
-
-
-class Network(Section):
-    """One observer: its architecture and where its weights come from."""
-
-    name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
-    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
-    args: dict[str, Any] = Field({}, description="arguments of the architecture (width, depth, norm, …)")
-    stem: Literal["auto", "small", "standard"] = Field(
-        "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
-    )
-    input_size: Positive | None = Field(None, description="side the network wants; images are resized to it")
-    mean: Channels | None = Field(None, description="normalisation of the network, if not the source's")
-    std: Deviations | None = Field(None, description="normalisation of the network, if not the source's")
-    weights: str | None = Field(None, description="Hub id, .safetensors file or foreign .pth; not given: trained here")
-    train: Train | None = Field(None, description="its training; keys not given are those of observers.train")
-
-    @model_validator(mode="after")
-    def _weights_or_training(self):
-        if (self.weights is None) == (self.train is None) and self.weights is None:
-            raise ValueError(f"{self.name}: give weights, or train it here")
-        return self
 
 
 class Observers(Section):
@@ -211,22 +165,13 @@ class Synthesize(Section):
     densification: Densification = Field(Densification(), description="data densification")
 
 
-class Relabel(Section):
+class Relabel(ViewSettings):
     """Soft labels: the observers' mean logits of many views of each published image."""
 
     observers: list[str] | None = Field(None, description="networks whose logits are averaged")
     epochs: Numbered = Field(1000, description="label epochs: views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
     observer_mode: Literal["running", "batch"] = Field("running", description="statistics that BatchNorm uses")
-    view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
-    crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop")
-    flip: bool = Field(True, description="mirror half of the views")
-    rand_augment: Count = Field(0, description="RandAugment operations a view; 0: none")
-    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
-    shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
-    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of lambda")
-    mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")
     controls: bool = Field(True, description="label the initial images and random real images too")
     random_draws: Positive = Field(3, description="draws of random real images")
 
@@ -236,27 +181,6 @@ class Images(Section):
 
     format: Literal["png", "jpeg", "webp"] = Field("png", description="encoding above 64 px; below it always png")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="quality of jpeg and webp")
-
-
-class Evaluation(Section):
-    """The protocol a student is trained with. Carried in the published recipe."""
-
-    students: list[str] = Field(["resnet18"], description="architectures")
-    loss: Literal["mse_ce", "kl", "ce"] = Field("mse_ce", description="mse_ce: MSE on logits + ce_weight CE on labels")
-    ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed label")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="no weight decay on one-dimensional parameters")
-    lr: Rate = Field(1e-3, description="learning rate")
-    weight_decay: Rate = Field(0.01, description="weight decay")
-    momentum: Decay = Field(0.9, description="momentum of sgd")
-    batch: Positive = Field(50, description="views a step")
-    epochs: Positive = Field(1000, description="epochs")
-    schedule: Literal["smooth", "ssrs", "multistep", "linear"] = Field(
-        "smooth", description="of the learning rate, over epochs"
-    )
-    zeta: Annotated[float, Field(gt=0)] = Field(2.0, description="smooth: half a cosine over zeta times the epochs")
-    milestones: list[Positive] = Field([800, 900, 950], description="epochs of multistep")
-    gamma: Rate = Field(0.5, description="factor of multistep")
-    ema: Decay = Field(0.99, description="weight average a step")
 
 
 class Recipe(Section):
@@ -280,7 +204,7 @@ class Recipe(Section):
     synthesize: Synthesize = Field(Synthesize(), description="optimisation of the images")
     relabel: Relabel = Field(Relabel(), description="soft labels")
     images: Images = Field(Images(), description="encoding of the images")
-    evaluation: Evaluation = Field(Evaluation(), description="protocol of the students")
+    evaluation: Evaluation = Field(Evaluation(), description="protocol of the students that edc-hub evaluate trains")
 
 
 def snapshots(network: Network) -> list[int]:

@@ -7,19 +7,19 @@ holds values for single IPCs. `base: <method>` puts another method's blocks unde
 import copy
 import difflib
 import os
-import re
 import sys
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from pydantic import ValidationError
 
-from . import keys
+from . import arguments, documents, keys
+from .documents import load
 from .errors import InputError
-from .recipe import Recipe, Section
+from .protocol import Evaluation
+from .recipe import Recipe
 from .rules import validate
+from .section import Section
 
 
 _HERE = Path(__file__).parent
@@ -30,7 +30,7 @@ _FLAGS = {
     "dry_run": "print the plan and the projected time, write nothing",
     "print_recipe": "print the resolved recipe",
 }
-_TRUTHS = ("true", "false", "yes", "no", "on", "off", "null", "0", "1")  # a switch's value, right or wrong; no recipe
+_OTHERS = ("methods", "protocols", "evaluation", "published")  # what else lies in the folder of recipes
 _RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")  # change where and how fast, not what
 
 
@@ -49,7 +49,7 @@ def parse(argv: list[str] | None, prog: str) -> Parsed:
     if "--help" in argv or "-h" in argv:
         print(usage(prog), flush=True)
         raise SystemExit(0)
-    named, overrides, flags = _split(argv)
+    named, overrides, flags = arguments.split(argv, Recipe, _FLAGS)
     if len(named) != 1:
         got = f"got {len(named)}: {' '.join(named)}" if named else "none given"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
@@ -69,133 +69,33 @@ def usage(prog: str) -> str:
     return "\n".join([head, *keys.help_lines()])
 
 
-def _split(argv: list[str]) -> tuple[list[str], dict[str, Any], dict[str, bool]]:
-    """Positional arguments, nested overrides, flags."""
-    known = keys.table()
-    named, overrides, flags = [], {}, dict.fromkeys(_FLAGS, False)
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--"):
-            named.append(word)
-            continue
-        path, equals, text = word[2:].partition("=")
-        path = path.replace("-", "_")
-        switch = path in flags or (path in known and known[path].field.annotation is bool)
-        if not equals:
-            if switch and (not rest or rest[0].lower() not in _TRUTHS):
-                text = "true"
-            elif rest and not rest[0].startswith("--"):
-                text = rest.pop(0)
-            else:
-                raise InputError(f"--{path}: a value is missing; write e.g. --{path} VALUE, or see --help")
-        if path in flags:
-            if text not in ("true", "false"):
-                raise InputError(f"--{path}: expected true or false, got '{text}'; write --{path}")
-            flags[path] = text == "true"
-            continue
-        if path in known and keys.describe(known[path].field.annotation) in ("text", "text or null"):
-            value = None if text == "null" else text  # a revision 12e45 or a folder 2024, whatever YAML takes it for
-        else:
-            value = read(text, f"--{path}")
-        *above, last = path.split(".")
-        place = overrides
-        for name in above:
-            place[name] = place.get(name) if isinstance(place.get(name), dict) else {}
-            place = place[name]
-        place[last] = value
-    return named, overrides, flags
-
-
 # Files
 
 
-def shipped() -> list[str]:
-    """Names of the recipes that ship with the package: digits, light/cifar10, …"""
-    names = (path.relative_to(ROOT).with_suffix("").as_posix() for path in ROOT.rglob("*.yaml"))
-    return sorted((name for name in names if not name.startswith("methods/")), key=lambda name: ("/" in name, name))
+def shipped(folder: Path = ROOT) -> list[str]:
+    """Names of the recipes that ship: digits, light/cifar10, …; or of those in a folder beside them."""
+    names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    own = (name for name in names if name.partition("/")[0] not in _OTHERS)
+    return sorted(own, key=lambda name: ("/" in name, name))
 
 
-def _listing() -> str:
-    return ", ".join(shipped())
+def _listing(folder: Path = ROOT) -> str:
+    return ", ".join(shipped(folder))
 
 
-def find(name: str) -> Path:
+def find(name: str, folder: Path = ROOT) -> Path:
     """The file of a recipe given as a shipped name or a path. InputError if there is none."""
-    if name in shipped():
-        return ROOT / f"{name}.yaml"
+    if name in shipped(folder):
+        return folder / f"{name}.yaml"
     path = Path(name).expanduser()
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
     if os.path.isdir(path):
-        raise InputError(f"recipe: {name} is a folder; write a YAML file or one of: {_listing()}")
-    plain = name.removesuffix(".yaml").removeprefix("recipes/")
-    near = difflib.get_close_matches(plain, shipped(), 1, 0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {_listing()}"
+        raise InputError(f"recipe: {name} is a folder; write a YAML file or one of: {_listing(folder)}")
+    plain = name.removesuffix(".yaml").removeprefix("recipes/").removeprefix(f"{folder.name}/")
+    near = difflib.get_close_matches(plain, shipped(folder), 1, 0.6)
+    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {_listing(folder)}"
     raise InputError(f"recipe: no file {name}; {hint}")
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
-    found = read(text, str(path))
-    if found is None:
-        raise InputError(
-            f"{path}: the file is empty; write e.g. 'name: mine' and a section 'source:', as in recipes/digits.yaml"
-        )
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: expected keys and values, got a {type(found).__name__}; write e.g. 'ipc: 10'")
-    return found
-
-
-# YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as people mean it: 2e-5 is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key '{key.value}' is given twice; keep one", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Block style, with lists of plain values on one line; quotes what `_Loader` would take for a number."""
-
-    def represent_sequence(self, tag, sequence, flow_style=None):
-        return super().represent_sequence(tag, sequence, not any(isinstance(item, dict) for item in sequence))
-
-    def ignore_aliases(self, data):
-        return True
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-
-
-def read(text: str, origin: str) -> Any:
-    """YAML text as plain values. InputError naming `origin` and the line."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise InputError(f"{origin}: broken YAML: {line}{problem}; check quotes, colons and indentation") from error
 
 
 # Layers
@@ -216,31 +116,43 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         layers = [given, overrides]
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
-        method = blocks(top["method"], top["name"], top["ipc"]) if isinstance(top["method"], str) else []
-        layers = [*method, given, overrides]
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer, Recipe)
+        method = blocks("method", top["method"], top["name"], top["ipc"])
+        above = layered([*method, given, overrides], Recipe)
+        protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
+        below = blocks("protocol", protocol, top["name"], top["ipc"])
+        layers = [*({"evaluation": block} for block in below), above]
     try:
-        recipe = Recipe.model_validate(merged)
+        recipe = Recipe.model_validate(layered(layers, Recipe))
     except ValidationError as error:
         raise InputError(keys.complaint(error)) from error
     validate(recipe)
     return recipe
 
 
+def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, Any]:
+    """The keys and values of several layers, weakest first, in one."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer, section)
+    return merged
+
+
 def methods() -> list[str]:
-    return sorted(path.stem for path in (ROOT / "methods").glob("*.yaml"))
+    return shipped(ROOT / "methods")
 
 
-def blocks(method: str, name: str, ipc: int) -> list[dict[str, Any]]:
-    """What a method sets for a data set and an IPC, weakest first."""
-    if method not in methods():
-        near = difflib.get_close_matches(method, methods(), 1)
+def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
+    """What a method or a protocol (`kind`) sets for a data set and an IPC, weakest first."""
+    if not isinstance(choice, str):
+        return []  # the model says what is wrong
+    known = shipped(ROOT / f"{kind}s")
+    if choice not in known:
+        near = difflib.get_close_matches(choice, known, 1)
         hint = f"did you mean '{near[0]}'? There are" if near else "there are"
-        raise InputError(f"method: no method {method!r}; {hint}: {', '.join(methods())}")
-    content = load(ROOT / "methods" / f"{method}.yaml")
-    found = blocks(content["base"], name, ipc) if "base" in content else []
+        key = {"protocol": "evaluation.protocol"}.get(kind, kind)
+        raise InputError(f"{key}: no {kind} {choice!r}; {hint}: {', '.join(known)}")
+    content = load(ROOT / f"{kind}s" / f"{choice}.yaml")
+    found = blocks(kind, content["base"], name, ipc) if "base" in content else []
     for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
         block = dict(block or {})
         special = block.pop("per_ipc", {})
@@ -273,7 +185,7 @@ def published(recipe: Recipe) -> str:
     """The recipe as a data set carries it: nothing of the run or the machine, local paths by their last part."""
     content = {name: value for name, value in recipe.model_dump().items() if name not in _RUNTIME}
     content["source"]["path"] = _portable(recipe.source.path)
-    for net in content["observers"]["networks"]:
+    for net in (*content["observers"]["networks"], *content["evaluation"]["teachers"]):
         net["weights"] = _portable(net["weights"])
         library, slash, folder = net["arch"].partition("/")
         net["arch"] = library + slash + (_portable(folder) or "")
@@ -292,4 +204,4 @@ def _write(content: dict[str, Any]) -> str:
     ]:  # only what differs, so that an override of observers.train reaches it
         if net["train"] is not None:
             net["train"] = {name: value for name, value in net["train"].items() if value != shared[name]}
-    return yaml.dump({"resolved": True, **content}, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
+    return documents.write({"resolved": True, **content})

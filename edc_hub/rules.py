@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from .errors import InputError
+from .protocol import Evaluation, of_student, student_name
 from .recipe import Recipe, snapshots
 
 
@@ -14,6 +15,36 @@ def validate(recipe: Recipe) -> None:
     for rules in (_source, _areas, _observers, _initialize, _synthesize, _relabel):
         for problem in rules(recipe):
             raise InputError(problem)
+    validate_protocol(recipe.evaluation)
+
+
+def validate_protocol(section: Evaluation) -> None:
+    """Raises InputError with the first combination of keys of a protocol that cannot work."""
+    for problem in _protocol(section):
+        raise InputError(problem)
+
+
+def _protocol(section: Evaluation) -> Iterator[str]:
+    if not section.students:
+        yield "evaluation.students: an empty list; name one, e.g. [resnet18]"
+    names = [student_name(student) for student in section.students]
+    for name in names:
+        if names.count(name) > 1:
+            yield f"evaluation.students: '{name}' is given twice; give each its own name"
+        each = of_student(section, name)
+        if (each.labels == "hard") != (each.loss == "ce"):
+            other = "loss: ce" if each.labels == "hard" else "labels: hard"
+            yield f"evaluation.loss: {each.loss} does not go with labels: {each.labels}; write {other}, or a soft loss"
+        if each.labels == "stored" and each.augment != "set":
+            yield (
+                f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
+                "write augment: set, or labels: online"
+            )
+        low, high = each.view.crop_area
+        if low > high:
+            yield f"evaluation.view.crop_area: the smallest area comes first; write [{high:g}, {low:g}]"
+        if each.batch == 1:
+            yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
 
 
 def _source(recipe: Recipe) -> Iterator[str]:

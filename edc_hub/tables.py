@@ -3,6 +3,7 @@
 Equal tables give equal bytes: the writer's options are fixed here and nothing of the machine enters.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -111,3 +112,14 @@ def tensor(column: pa.ChunkedArray) -> Tensor:
         flat = array.flatten().to_numpy(zero_copy_only=False)
         return torch.from_numpy(flat.copy()).view(len(array), -1)
     return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
+
+
+def column_bytes(files: list[str], column: str) -> tuple[int, int]:
+    """Compressed bytes of one column in parquet files, and the files' size."""
+    found = 0
+    for file in files:
+        facts = pq.read_metadata(file)
+        for group in map(facts.row_group, range(facts.num_row_groups)):
+            chunks = map(group.column, range(group.num_columns))
+            found += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith(column))
+    return found, sum(map(os.path.getsize, files))

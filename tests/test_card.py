@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from edc_hub import CondensedSet
+from edc_hub.card import with_results
 
 
 def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
@@ -73,3 +74,19 @@ def test_the_grid_shows_each_start_beside_its_image(dataset):
     assert np.array_equal(tile[::4, :64:4], start[3].permute(1, 2, 0)) and np.array_equal(
         tile[::4, 64::4], final[3].permute(1, 2, 0)
     )
+
+
+def test_results_stand_between_their_marks_and_nothing_else_changes(dataset):
+    text = (dataset / "README.md").read_text("utf-8")
+    assert "## Results" in text and "Not measured yet." in text
+    measured = with_results(text, "| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n")
+    assert "<!-- results -->\n| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n<!-- /results -->" in measured
+    assert "Not measured yet." not in measured
+    assert with_results(measured, "Not measured yet.") == text
+    assert DatasetCard(measured).data.to_dict() == DatasetCard(text).data.to_dict()
+
+
+def test_results_come_at_the_end_of_a_card_that_has_no_place_for_them():
+    first = with_results("# A set\n\nText.\n", "one")
+    assert first == "# A set\n\nText.\n\n## Results\n\n<!-- results -->\none\n<!-- /results -->\n"
+    assert with_results(first, "two") == first.replace("one", "two")

@@ -1,20 +1,22 @@
 import json
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 
-from edc_hub import networks
+from edc_hub import architectures, networks
 from edc_hub.errors import InputError
 from edc_hub.networks import Network
 
 
 PLAIN = {"seed": 0, "image_size": 32, "mean": [0.0] * 3, "std": [1.0] * 3}
 
-# 10 classes, small stem. ResNets, WRN and ConvNet as published for CIFAR-10; the others have torchvision's count for
-# 10 classes less what a 3x3 stem saves (DenseNet 7x7 -> 3x3, AlexNet 11x11 -> 3x3).
+# 10 classes, small stem. ResNets, WRN and ConvNet as published for CIFAR-10; the others have torchvision's or timm's
+# count, less what the small form saves (DenseNet 7x7 -> 3x3, AlexNet 11x11 -> 3x3, VGG without its wide layers; DeiT
+# smaller patches and fewer positions, Swin smaller patches and windows, ConvNeXt a 2x2 stem).
 SMALL = {
     "resnet18": 11_173_962,
     "resnet50": 23_520_842,
@@ -26,7 +28,15 @@ SMALL = {
     "densenet121": 6_964_106 - 64 * 3 * (49 - 9),
     "wrn_16_2": 691_674,
     "convnet": 320_010,
+    "convnet3": 320_010,
+    "convnet4": 857_160 - 128 * (4 * 4 * 200 - 2 * 2 * 10) - 190,
+    "shufflenet_v2": 352_042,
+    "vgg11_bn": 132_868_840 - (25_089 * 4096 + 4097 * 4096 + 4097 * 1000) + 5130,
+    "deit_tiny": 5_717_416 - 192 * 3 * (256 - 16) - 192 * (196 - 64) - 193 * 990,
+    "swin_tiny": 28_288_354 - 96 * 3 * (16 - 4) - 90 * (13**2 - 7**2) - 48 * (13**2 - 3**2) - 769 * 990,
+    "convnext_tiny": 28_589_128 - 96 * 3 * (16 - 4) - 769 * 990,
 }
+TORCHVISION = list(SMALL)[:8]
 
 
 def parameters(network):
@@ -34,7 +44,7 @@ def parameters(network):
 
 
 @pytest.mark.parametrize("arch", SMALL)
-def test_every_network_of_the_paper_takes_small_images_and_has_its_published_size(arch):
+def test_every_student_takes_small_images_has_its_published_size_and_learns_in_all_its_parameters(arch):
     network = networks.build(arch, 10, **PLAIN).eval()
     assert parameters(network) == SMALL[arch]
     assert network.facts["stem"] == "small"
@@ -44,9 +54,15 @@ def test_every_network_of_the_paper_takes_small_images_and_has_its_published_siz
         layer = network.module.get_submodule(network.classifier)
         assert logits.shape == (2, 10)
         torch.testing.assert_close(F.linear(features, layer.weight, layer.bias), logits, rtol=1e-5, atol=1e-5)
+    F.cross_entropy(network.train()(x), torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.module.parameters())
 
 
-@pytest.mark.parametrize("arch", [a for a in SMALL if a not in ("wrn_16_2", "convnet")])
+def test_every_plain_name_is_among_the_tested():
+    assert set(SMALL) == set(networks.OURS)
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
 def test_imagenet_networks_have_torchvisions_parameters_and_forward(arch):
     network = networks.build(arch, 1000, **{**PLAIN, "image_size": 96}).eval()
     meta = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].meta
@@ -61,10 +77,64 @@ def test_imagenet_networks_have_torchvisions_parameters_and_forward(arch):
 
 
 @pytest.mark.parametrize(
+    ("arch", "origin", "count"),
+    [
+        ("deit_tiny", "deit_tiny_patch16_224", 5_717_416),
+        ("swin_tiny", "swin_tiny_patch4_window7_224", 28_288_354),
+        ("convnext_tiny", "convnext_tiny", 28_589_128),
+    ],
+)
+def test_transformers_of_the_paper_are_timms_where_images_are_large(arch, origin, count):
+    network = networks.build(arch, 1000, **{**PLAIN, "image_size": 224})
+    assert parameters(network) == count and network.facts["stem"] == "standard"
+    if arch == "deit_tiny":  # the same weights in timm's own network
+        other = timm.create_model(origin).eval()
+        other.load_state_dict(network.module.state_dict())
+        x = torch.rand(1, 3, 224, 224)
+        with torch.no_grad():
+            assert torch.equal(network.eval()(x), other(x))
+
+
+def test_a_vgg_is_torchvisions_where_images_are_large():
+    with torch.device("meta"):  # 132 million weights that nobody needs
+        network, other = architectures.vgg11_bn(1000, small=False), torchvision.models.vgg11_bn()
+    assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "size", "maps"),
+    [
+        ("deit_tiny", 32, {"patch_embed.proj": 8}),
+        ("deit_tiny", 64, {"patch_embed.proj": 16}),
+        ("swin_tiny", 32, {"patch_embed.proj": 16}),
+        ("convnext_tiny", 32, {"stages.0": 16, "stages.1": 8, "stages.2": 4, "stages.3": 2}),
+        ("vgg11_bn", 32, {"features.0": 32, "features": 1}),
+        ("shufflenet_v2", 32, {"conv1": 32}),
+        ("efficientnet_b0", 32, {"features.0": 32}),
+    ],
+)
+def test_small_forms_leave_small_images_room(arch, size, maps):
+    network, seen = networks.build(arch, 10, **{**PLAIN, "image_size": size}).eval(), {}
+    for name in maps:
+        part = network.module.get_submodule(name)
+        part.register_forward_hook(lambda _, x, out, name=name: seen.update({name: out.shape[-1]}))
+    with torch.no_grad():
+        network(torch.rand(1, 3, size, size))
+    assert seen == maps
+
+
+def test_networks_made_for_one_size_resize_others():
+    network = networks.build("deit_tiny", 10, **PLAIN).eval()
+    assert network.facts["input_size"] == 32 and network(torch.rand(1, 3, 48, 48)).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
     ("arch", "classes", "args", "size", "count"),
     [
         ("convnet", 100, {}, 32, 504_420),
         ("convnet", 200, {"depth": 4}, 64, 857_160),
+        ("convnet4", 200, {}, 64, 857_160),
+        ("convnet3", 10, {"width": 32, "norm": "group", "pooling": "max"}, 32, 24_714),
         ("convnet", 10, {"norm": "none"}, 32, 320_010 - 3 * 256),
         ("convnet", 10, {"width": 32, "norm": "group", "pooling": "max"}, 32, 24_714),
         ("convnet", 10, {"depth": 1, "width": 8, "norm": "layer"}, 16, 224 + 2 * 8 * 256 + 5130),
@@ -158,6 +228,9 @@ def test_small_stem_keeps_the_resolution_of_the_image(arch, layer):
         ("resnet18", {"image_size": 96, "stem": "small"}, "small"),
         ("torchvision/squeezenet1_1", {}, "small"),
         ("timm/vit_tiny_patch16_224", {"input_size": 32, "args": {"img_size": 32}}, "standard"),
+        ("deit_tiny", {"stem": "standard"}, "standard"),
+        ("deit_tiny", {"image_size": 96}, "standard"),
+        ("convnext_tiny", {"image_size": 96, "stem": "small"}, "small"),
     ],
 )
 def test_the_stem_in_use_is_recorded(arch, options, stem):
@@ -189,6 +262,44 @@ def test_transformers_networks_come_from_a_local_configuration(tmp_path):
     assert networks.identity(f"transformers/{tmp_path}") != before
 
 
+VIT = {"image_size": 32, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "stem"),
+    [
+        ("vit", VIT | {"intermediate_size": 32}, "standard"),
+        ("resnet", {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "layer_type": "basic"}, "small"),
+        ("timm_wrapper", {"architecture": "resnet18"}, "small"),
+        ("timm_wrapper", {"architecture": "deit_tiny_patch16_224", "model_args": {"img_size": 32}}, "standard"),
+    ],
+)
+def test_transformers_networks_come_by_model_type_without_a_network(name, args, stem):
+    network = networks.build(f"transformers/{name}", 7, args=args, **PLAIN).eval()
+    assert type(network.module).__name__.lower() == f"{name.replace('_', '')}forimageclassification"
+    assert network.facts["stem"] == stem
+    x = torch.rand(2, 3, 32, 32)
+    layer = network.module.get_submodule(network.classifier)
+    torch.testing.assert_close(layer(network.features(x)), network(x))
+    network(x).square().sum().backward()
+    assert all(p.grad is not None for p in network.module.parameters())
+
+
+def test_the_wrapper_of_transformers_computes_what_timm_computes():
+    args = {"architecture": "resnet18"}
+    plain = networks.build("timm/resnet18", 5, **PLAIN).eval()
+    wrapped = networks.build("transformers/timm_wrapper", 5, args=args, **PLAIN).eval()
+    wrapped.module.timm_model.load_state_dict(plain.module.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(plain(x), wrapped(x))
+
+
+def test_an_identity_tells_model_types_apart_and_leaves_other_names_alone():
+    known = [networks.identity(f"transformers/{name}") for name in ("vit", "resnet", "timm_wrapper")]
+    assert len(set(known)) == 3 and known[0] == networks.identity("transformers/vit")
+    assert networks.identity("deit_tiny") == "deit_tiny"
+
+
 @pytest.mark.parametrize(
     ("arch", "options", "words"),
     [
@@ -208,6 +319,18 @@ def test_transformers_networks_come_from_a_local_configuration(tmp_path):
         ("timm/vit_tiny_patch16_224", {}, "input_size"),
         ("timm/vit_tiny_patch16_224", {"stem": "small", "input_size": 224}, "stem: standard"),
         ("alexnet", {"stem": "standard"}, "cannot take 32x32 images"),
+        ("vgg11_bn", {"image_size": 16}, "cannot take 16x16 images"),
+        ("vgg11_bn", {"args": {"dropout": 0.1}}, "use stem: standard"),
+        ("deit_tiny", {"image_size": 3}, "cannot take 3x3 images"),
+        ("deit_tiny", {"args": {"patchsize": 4}}, "patchsize"),
+        ("convnext_tiny", {"image_size": 8}, "give it another input_size"),
+        ("convnet3", {"args": {"depth": 2}}, "depth"),
+        ("convnet4", {"image_size": 8}, "use depth 3 or less"),
+        ("transformers/vit", {"args": {"num_hidden_layers": 1}}, "cannot take 32x32 images"),
+        ("transformers/vit", {"args": {"patchsize": 4}}, "has no patchsize"),
+        ("transformers/vit", {"args": {"hidden_size": "wide"}}, "hidden_size"),
+        ("transformers/bert", {}, "give a model type"),
+        ("transformers/timm_wrapper", {"args": {"architecture": "rsnet18"}}, "rsnet18"),
     ],
 )
 def test_what_cannot_be_built_is_refused_in_one_line(arch, options, words):

@@ -1,0 +1,60 @@
+"""A command line as recipe, overrides and flags."""
+
+from typing import Any
+
+from . import keys
+from .documents import read
+from .errors import InputError
+from .section import Section
+
+
+_TRUTHS = ("true", "false", "yes", "no", "on", "off", "null", "0", "1")  # a switch's value, right or wrong; no recipe
+
+
+def split(
+    argv: list[str], root: type[Section], flags: dict[str, str]
+) -> tuple[list[str], dict[str, Any], dict[str, bool]]:
+    """Positional arguments, overrides of the keys of `root` nested like a file, and the given flags by name.
+
+    A value is YAML; where a list belongs, `a,b` is one too. Raises InputError for a missing value.
+    """
+    known = keys.table(root)
+    named, overrides, given = [], {}, dict.fromkeys(flags, False)
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            named.append(word)
+            continue
+        path, equals, text = word[2:].partition("=")
+        path = path.replace("-", "_")
+        switch = path in flags or (path in known and known[path].field.annotation is bool)
+        if not equals:
+            if switch and (not rest or rest[0].lower() not in _TRUTHS):
+                text = "true"
+            elif rest and not rest[0].startswith("--"):
+                text = rest.pop(0)
+            else:
+                raise InputError(f"--{path}: a value is missing; write e.g. --{path} VALUE, or see --help")
+        if path in flags:
+            if text not in ("true", "false"):
+                raise InputError(f"--{path}: expected true or false, got '{text}'; write --{path}")
+            given[path] = text == "true"
+            continue
+        *above, last = path.split(".")
+        place = overrides
+        for name in above:
+            place[name] = place.get(name) if isinstance(place.get(name), dict) else {}
+            place = place[name]
+        place[last] = _value(text, path, keys.describe(known[path].field.annotation) if path in known else "")
+    return named, overrides, given
+
+
+def _value(text: str, path: str, kind: str) -> Any:
+    if kind in ("text", "text or null"):
+        return None if text == "null" else text  # a revision 12e45 or a folder 2024, whatever YAML takes it for
+    if kind == "list of text" and not text.startswith("["):
+        return text.split(",")
+    if kind.startswith("list of") and text and text[0] not in "[{\"'" and text != "null":
+        return read(f"[{text}]", f"--{path}")
+    return read(text, f"--{path}")

@@ -1,0 +1,75 @@
+"""YAML files as plain values, and back."""
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import InputError
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
+    found = read(text, str(path))
+    if found is None:
+        raise InputError(
+            f"{path}: the file is empty; write e.g. 'name: mine' and a section 'source:', as in recipes/digits.yaml"
+        )
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: expected keys and values, got a {type(found).__name__}; write e.g. 'ipc: 10'")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as people mean it: 2e-5 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key '{key.value}' is given twice; keep one", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style, with lists of plain values on one line; quotes what `_Loader` would take for a number."""
+
+    def represent_sequence(self, tag, sequence, flow_style=None):
+        return super().represent_sequence(tag, sequence, not any(isinstance(item, dict) for item in sequence))
+
+    def ignore_aliases(self, data):
+        return True
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def read(text: str, origin: str) -> Any:
+    """YAML text as plain values. InputError naming `origin` and the line."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}: " if mark else ""
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise InputError(f"{origin}: broken YAML: {line}{problem}; check quotes, colons and indentation") from error
+
+
+def write(content: Any) -> str:
+    """Plain values as YAML text that `read` gives back."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)

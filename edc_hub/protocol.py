@@ -1,0 +1,90 @@
+"""How students are trained: the section `evaluation` of a recipe.
+
+A protocol is a file of `recipes/protocols`, read as a method's file is; `evaluation.protocol` names it and keys beside
+it stand above its values. Nothing here imports torch.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from .errors import InputError
+from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings
+
+
+class Student(Section):
+    """A student that a plain name does not describe."""
+
+    name: Name | None = Field(None, description="its name in tables; arch when not given")
+    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
+    args: dict[str, Any] = Field({}, description="arguments of the architecture")
+    stem: Literal["auto", "small", "standard"] = Field("auto", description="auto: small up to 64 px")
+    input_size: Positive | None = Field(None, description="side the network wants; views are resized to it")
+
+
+class Ema(Section):
+    """The weight average that is measured beside the live weights (EDC Table 17)."""
+
+    decay: Decay = Field(0.99, description="decay a step; 0: no average")
+    bn: Literal["live", "averaged", "reestimated"] = Field(
+        "live", description="its BatchNorm buffers: the live network's | averaged too | measured on clean crops"
+    )
+
+
+class Evaluation(Section):
+    """The protocol a student is trained with."""
+
+    protocol: str = Field("edc", description="a file of recipes/protocols; other keys stand above its values")
+    students: list[str | Student] = Field(["resnet18"], description="architectures, by name or with arguments")
+    labels: Literal["stored", "online", "mean", "hard"] = Field(
+        "stored", description="stored views and labels | teachers label each batch | one soft label an image | classes"
+    )
+    teachers: list[Network] = Field([], description="networks that label online; the observers of the run when empty")
+    augment: Literal["set", "own", "none"] = Field(
+        "set", description="views as the set's were drawn | by the keys of evaluation.view | whole images"
+    )
+    view: ViewSettings = Field(ViewSettings(), description="views that are drawn while training, with augment: own")
+    loss: Literal["mse_ce", "kl", "cosine", "ce"] = Field(
+        "mse_ce", description="MSE on logits + ce_weight CE on the unmixed class | KL | 1 - cosine of logits | CE"
+    )
+    ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed class")
+    temperature: Annotated[float, Field(gt=0)] = Field(20.0, description="temperature of kl; its square is no factor")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="one-dimensional parameters never decay")
+    lr: Rate = Field(1e-3, description="learning rate")
+    weight_decay: Rate = Field(0.01, description="weight decay")
+    momentum: Decay = Field(0.9, description="momentum of sgd")
+    batch: Positive = Field(50, description="views a step")
+    epochs: Positive = Field(1000, description="epochs")
+    schedule: Literal["smooth", "ssrs", "multistep", "linear", "alrs"] = Field(
+        "smooth", description="of the learning rate, changed once an epoch (EDC section 3.3, appendix)"
+    )
+    zeta: Annotated[float, Field(gt=0)] = Field(2.0, description="smooth, ssrs, linear: zeta times the epochs to zero")
+    milestones: list[Fraction] = Field([0.8, 0.9, 0.95], description="multistep: parts of the epochs")
+    gamma: Fraction = Field(0.5, description="factor of multistep at each milestone, of alrs where the loss stands")
+    ema: Ema = Field(Ema(), description="weight average")
+    test_resize: Positive | None = Field(
+        None, description="shorter side of test images before the centre crop; null: the images' own size"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="arithmetic of students")
+    per_student: dict[str, dict[str, Any]] = Field({}, description="other values for single students, by their names")
+
+
+def student_name(student: str | Student) -> str:
+    """What tables call a student."""
+    return student if isinstance(student, str) else student.name or student.arch
+
+
+def of_student(section: Evaluation, name: str) -> Evaluation:
+    """The protocol of one student: `per_student` over the rest. Raises InputError for what is no key there."""
+    own = section.per_student.get(name, {})
+    fixed = {"protocol", "students", "per_student"} & set(own)
+    if fixed:
+        raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")
+    try:
+        return Evaluation.model_validate({**section.model_dump(), **own, "per_student": {}})
+    except ValidationError as error:
+        entry = error.errors()[0]
+        place = ".".join(map(str, entry["loc"]))
+        raise InputError(
+            f"evaluation.per_student.{name}: {place}: {entry['msg'].lower()}; write a key of evaluation, see --help"
+        ) from error

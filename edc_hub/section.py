@@ -1,0 +1,83 @@
+"""What the sections of a recipe are built from: the base model, the types of its values, and what several share."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+Positive = Annotated[int, Field(ge=1)]
+Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
+Count = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(ge=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Area = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+
+
+class Train(Section):
+    """How an observer is trained (SGD with cross-entropy)."""
+
+    epochs: Positive = Field(10, description="epochs of training")
+    snapshots: list[Positive] | None = Field(
+        None, description="epochs after which the weights are kept, named net@epoch; the last epoch always is"
+    )
+    batch: Positive = Field(64, description="images a step")
+    lr: Rate = Field(0.05, description="learning rate")
+    momentum: Decay = Field(0.9, description="momentum of SGD")
+    weight_decay: Rate = Field(0.0, description="weight decay")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the steps")
+    augment: Literal["none", "pad_crop", "rrc"] = Field("pad_crop", description="crop of each training image")
+    pad: Count = Field(4, description="zero padding in pixels for pad_crop")
+    crop_area: Area = Field([0.08, 1.0], description="area range of rrc (RandomResizedCrop)")
+    flip: bool = Field(True, description="mirror half of the images")
+
+    @model_validator(mode="after")
+    def _snapshots(self):
+        if self.snapshots and max(self.snapshots) > self.epochs:
+            raise ValueError(f"snapshots: {max(self.snapshots)} is after the last epoch; raise epochs or drop it")
+        return self
+
+
+class Network(Section):
+    """One observer: its architecture and where its weights come from."""
+
+    name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
+    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
+    args: dict[str, Any] = Field({}, description="arguments of the architecture (width, depth, norm, …)")
+    stem: Literal["auto", "small", "standard"] = Field(
+        "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
+    )
+    input_size: Positive | None = Field(None, description="side the network wants; images are resized to it")
+    mean: Channels | None = Field(None, description="normalisation of the network, if not the source's")
+    std: Deviations | None = Field(None, description="normalisation of the network, if not the source's")
+    weights: str | None = Field(None, description="Hub id, .safetensors file or foreign .pth; not given: trained here")
+    train: Train | None = Field(None, description="its training; keys not given are those of observers.train")
+
+    @model_validator(mode="after")
+    def _weights_or_training(self):
+        if (self.weights is None) == (self.train is None) and self.weights is None:
+            raise ValueError(f"{self.name}: give weights, or train it here")
+        return self
+
+
+class ViewSettings(Section):
+    """How a view of an image is drawn."""
+
+    view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
+    crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop")
+    flip: bool = Field(True, description="mirror half of the views")
+    rand_augment: Count = Field(0, description="RandAugment operations a view; 0: none")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
+    shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
+    mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
+    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of lambda")
+    mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")

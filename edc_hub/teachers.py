@@ -1,0 +1,87 @@
+"""Soft labels that are made while a student trains: by observers, or mixed from the one soft label of each image."""
+
+from functools import cached_property
+
+from torch import Tensor
+
+from . import documents, labels, observers, recipes, source
+from .condensed import CondensedSet
+from .errors import InputError
+from .feed import Teach
+from .networks import Network
+from .protocol import Evaluation
+from .recipe import Recipe, Source, selected
+from .views import ViewTable
+from .work import Session
+
+
+class Teachers:
+    """The networks that label online: those of `evaluation.teachers`, or the observers of the run beside the set.
+
+    Nothing is loaded before it is asked for. Raises InputError where neither is there.
+    """
+
+    def __init__(self, condensed: CondensedSet, section: Evaluation, real: Source, session: Session):
+        self._condensed, self._section, self._source, self._session = condensed, section, real, session
+
+    @cached_property
+    def _recipe(self) -> Recipe:
+        run, given = self._condensed.run, self._section.teachers
+        if not given and run is None:
+            raise InputError(
+                "evaluation.labels: online, but the set lies beside no run whose observers could label; name networks "
+                "in evaluation.teachers, or write --evaluation.labels stored"
+            )
+        content = documents.load(run / "recipe.yaml") if run and not given else self._condensed.recipe
+        recipe = recipes.resolve(content).model_copy(update={"source": self._source})
+        if not given:
+            return recipe
+        changes = {
+            "observers": recipe.observers.model_copy(update={"networks": given}),
+            "relabel": recipe.relabel.model_copy(update={"observers": None}),
+            "synthesize": recipe.synthesize.model_copy(update={"iterations": 0}),
+            "initialize": recipe.initialize.model_copy(update={"kind": "real"}),
+        }
+        return recipe.model_copy(update=changes)  # they label and do nothing else
+
+    @cached_property
+    def _observers(self) -> observers.Observers:
+        return observers.obtain(self._recipe, source.load(self._source), self._session)
+
+    @cached_property
+    def _chosen(self) -> list[tuple[str, int]]:
+        return selected(self._recipe, self._recipe.relabel.observers)
+
+    @cached_property
+    def networks(self) -> list[Network]:
+        """The networks, frozen, on the session's device."""
+        return [self._observers.load(name, epoch) for name, epoch in self._chosen]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """One for the weights of each network."""
+        return [self._observers.fingerprint(name, epoch) for name, epoch in self._chosen]
+
+    @property
+    def bytes(self) -> int:
+        """Size of their weights."""
+        return sum(x.numel() * x.element_size() for network in self.networks for x in network.state_dict().values())
+
+    @property
+    def teach(self) -> Teach:
+        """Mean logits of views, with BatchNorm as in the set's own labels (`relabel.observer_mode`)."""
+        networks, relabel, session = self.networks, self._recipe.relabel, self._session
+        return lambda x, table: labels.mean_logits(networks, x, relabel, session)
+
+
+def of_images(condensed: CondensedSet, session: Session) -> Teach:
+    """The stored soft label of each image whatever its view; of mixed views the mixture by share."""
+    stored = condensed.soft_labels.to(session.device)
+
+    def teach(x: Tensor, table: ViewTable) -> Tensor:
+        first, second = table["image_id"].long(), table["mix_image_id"].long()
+        share = table["mix_lam"].where(second >= 0, 1).to(stored.device).view(-1, 1)
+        first, second = (ids.to(stored.device) for ids in (first, second.where(second >= 0, first)))
+        return share * stored[first] + (1 - share) * stored[second]
+
+    return teach

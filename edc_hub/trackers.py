@@ -1,0 +1,40 @@
+"""Experiment trackers (`report_to`): curves and accuracies of finished students, through accelerate's trackers."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+
+if TYPE_CHECKING:
+    from .comparison import Comparison
+    from .results import Outcome
+    from .trials import Done
+
+
+def check(names: list[str]) -> None:
+    """Raises InputError for a tracker that is not installed."""
+    for name in names:
+        if find_spec(name) is None:
+            raise InputError(f"report_to: {name} is not installed; pip install {name}, or remove it")
+
+
+def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[Outcome]") -> None:
+    """Sends every student's loss and learning rate by epoch and its accuracies at the end; on the main process."""
+    from accelerate import tracking
+
+    config = {f"evaluation.{key}": str(value) for key, value in asked.evaluation.model_dump().items()}
+    for kind in asked.report_to:
+        tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
+        where = {"logging_dir": folder / "tracking"} if tracker_class.requires_logging_directory else {}
+        tracker = tracker_class(folder.parent.name or "edc_hub", **where)
+        tracker.start()
+        tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
+        for (trial, tensors, _), reached in zip(done, outcomes, strict=True):
+            name = f"{trial.student}/{trial.row}/set{trial.set}-draw{trial.draw}-seed{trial.seed}"
+            for epoch, (loss, lr) in enumerate(zip(tensors["loss"].tolist(), tensors["lr"].tolist(), strict=True)):
+                tracker.log({f"{name}/loss": loss, f"{name}/lr": lr}, step=epoch)
+            last = {f"{name}/accuracy": reached.live, f"{name}/accuracy_ema": reached.ema}
+            tracker.log(last, step=len(tensors["loss"]) - 1)
+        tracker.finish()

@@ -1,0 +1,285 @@
+"""What is trained to judge a condensed set: students on the set, on its controls, and on the real set.
+
+A trial is one student on one row of the table with one seed, and one unit of work: sharded over the processes, found
+again by the next comparison that has it, taken up where it was killed.
+"""
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import condensed as sets
+from . import feed, networks, recipes, source, students, teachers, work
+from .comparison import Comparison
+from .condensed import CondensedSet
+from .errors import InputError
+from .feed import Drawn, Stored
+from .networks import Network
+from .protocol import Evaluation, Student, of_student, student_name
+from .realset import RealSet
+from .recipe import Source
+from .section import ViewSettings
+from .work import Progress, Session, Unit
+
+
+STAGE, VERSION = "students", 1
+
+
+class Trial(NamedTuple):
+    """One student on one row."""
+
+    row: str  # as in results.Outcome
+    student: str
+    set: int  # which of the condensed sets
+    draw: int  # which draw of random images
+    seed: int
+    images: CondensedSet  # what it learns from; on the real rows, the set whose bytes and steps they share
+
+
+class Done(NamedTuple):
+    """A trained trial: predictions and curves (students.Trained) and steps, seconds, parameters, images."""
+
+    trial: Trial
+    tensors: dict[str, Tensor]
+    facts: dict
+
+
+@dataclass
+class Bench:
+    """What the trials of one comparison share."""
+
+    comparison: Comparison
+    sets: list[CondensedSet]
+    session: Session
+
+    def __post_init__(self) -> None:
+        section = self.comparison.evaluation
+        self.students = {
+            student_name(entry): Student(arch=entry) if isinstance(entry, str) else entry for entry in section.students
+        }
+        self.sections = {name: of_student(section, name) for name in self.students}
+        self.size: int = self.sets[0].manifest["images"]["size"]
+        self.teachers = teachers.Teachers(self.sets[0], section, self._source(self.size), self.session)
+        self.unavailable: dict[str, str] = {}
+
+    def _source(self, size: int) -> Source:
+        return self.comparison.source.model_copy(update={"size": size})
+
+    @cached_property
+    def real(self) -> RealSet:
+        """The training split without the hold-out."""
+        return source.load(self._source(self.size))
+
+    @cached_property
+    def judged_on(self) -> RealSet:
+        """The split that accuracy is measured on. Raises InputError where its classes are not the set's."""
+        section = self._source(self.comparison.evaluation.test_resize or self.size)
+        split = source.load(section, self.comparison.split)
+        ours, theirs = self.sets[0].names, split.names
+        if ours != theirs:
+            wrong = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
+            what = f"class '{wrong[1]}' where the set has '{wrong[0]}'" if wrong else f"{len(theirs)} classes"
+            raise InputError(
+                f"source.path: {split.id} has {what} ({len(ours)} in the set); give the set that it was condensed "
+                "from, or the same source.classes"
+            )
+        if self.comparison.evaluation.test_resize and split.size < self.size:
+            raise InputError(f"evaluation.test_resize: {split.size} is less than the images' {self.size} px; raise it")
+        return split
+
+    @cached_property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
+        rows, edge = self.judged_on.rows(), (self.judged_on.size - self.size) // 2
+        inner = slice(edge, edge + self.size)
+        return self.judged_on.images(rows)[..., inner, inner].contiguous(), self.judged_on.labels[rows]
+
+    def network(self, name: str, seed: int) -> Network:
+        """A student with random weights. Raises InputError for a name or a size that does not work."""
+        given, facts = self.students[name], self.sets[0].manifest["images"]
+        try:
+            return networks.build(
+                given.arch,
+                len(self.sets[0].names),
+                seed=seed,
+                args=given.args,
+                stem=given.stem,
+                image_size=facts["size"],
+                input_size=given.input_size,
+                mean=facts["mean"],
+                std=facts["std"],
+            )
+        except InputError as error:
+            raise InputError(f"evaluation.students: {name}: {error}") from error
+
+    def trials(self) -> list[Trial]:
+        """Every trial of the comparison. Rows that cannot be had are noted in `unavailable`."""
+        wanted, seeds = self.comparison.controls, self.comparison.seeds
+        found = []
+        for name, section in self.sections.items():
+            for number, condensed in enumerate(self.sets):
+                rows = [("set", condensed)]
+                if "initial" in wanted:
+                    rows += [("initial", control) for control in self._controls(condensed, "initial")]
+                if "hard" in wanted and section.labels != "hard":  # else the set's own row is that
+                    rows += [("hard_mixed", condensed), ("hard_unmixed", condensed)]
+                if "real" in wanted:
+                    rows += [("real_mixed", condensed), ("real_unmixed", condensed)]
+                if self.comparison.upper_bound and number == 0:
+                    rows.append(("upper_bound", condensed))
+                found += [Trial(row, name, number, 0, seed, images) for row, images in rows for seed in seeds]
+                if "random" in wanted:  # a draw is a seed in itself
+                    for draw, control in enumerate(self._controls(condensed, "random")):
+                        found.append(Trial("random", name, number, draw, seeds[draw % len(seeds)], control))
+        return found
+
+    def _controls(self, condensed: CondensedSet, kind: str) -> list[CondensedSet]:
+        places = []
+        if condensed.run:
+            folder = condensed.run / "controls" / kind
+            places = [folder] if kind == "initial" else sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
+        found = [CondensedSet.load(place) for place in places if (place / "manifest.json").is_file()]
+        if not found:
+            self.unavailable[kind] = "not available: it lies beside the run that made the set"
+        return found
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be trained, before anything is."""
+        for name, section in self.sections.items():
+            self.network(name, 0)
+            stored = any(path.startswith("soft_labels/") for path in self.sets[0].manifest["files"])
+            if section.labels == "stored" and not stored:
+                raise InputError(
+                    f"evaluation.labels: stored, but {self.sets[0].manifest['name']} carries no soft_labels and "
+                    f"{section.loss} needs soft labels; write --evaluation.labels mean, or --evaluation.protocol hard"
+                )
+            if section.labels == "online":
+                _ = self.teachers.fingerprints
+
+    def unit(self, trial: Trial) -> Unit:
+        section, real = self._section(trial), trial.row.startswith(("real", "upper"))
+        given = self.students[trial.student]
+        fingerprint = work.fingerprint(
+            STAGE,
+            VERSION,
+            row=trial.row,
+            images=trial.images.manifest["fingerprint"],
+            student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
+            section=section.model_dump(mode="json", exclude={"protocol", "students", "teachers", "per_student"}),
+            teachers=self.teachers.fingerprints if section.labels == "online" else None,
+            budget=self._budget(trial) if trial.row.startswith("real") else None,
+            real=self.real.fingerprint if real else None,
+            test=[self.judged_on.fingerprint, self.comparison.split],
+            curve_points=self.comparison.curve_points,
+            seed=trial.seed,
+        )
+        return Unit(STAGE, f"{trial.student.replace('/', '-')}-{trial.row}-{trial.seed}", fingerprint)
+
+    def run(self, trials: list[Trial]) -> list[Done]:
+        """Trains what is missing, on all processes."""
+        by_unit = {self.unit(trial): trial for trial in trials}
+
+        def make(unit: Unit, _generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
+            return self._train(by_unit[unit], progress)
+
+        work.run(list(by_unit), make, self.session, seed=0, label="students")
+        store = self.session.store
+        return [Done(trial, store.load(unit), store.facts(unit)) for unit, trial in by_unit.items()]
+
+    def _section(self, trial: Trial) -> Evaluation:
+        """The student's protocol, changed as the row asks."""
+        section = self.sections[trial.student]
+        if trial.row.startswith(("hard", "real", "upper")):
+            section = section.model_copy(update={"loss": "ce", "labels": "hard"})
+        if trial.row == "upper_bound":
+            section = section.model_copy(update={"epochs": self.comparison.upper_bound_epochs})
+        return section
+
+    def _train(self, trial: Trial, progress: Progress) -> tuple[dict[str, Tensor], dict]:
+        section, start = self._section(trial), time.perf_counter()
+        seed = int(torch.randint(2**48, (), generator=work.generator(trial.seed, STAGE, trial.student)))
+        network, lessons = self.network(trial.student, seed), self._feed(trial, section, seed)
+        trained = students.train(
+            network,
+            lessons,
+            self.test,
+            section,
+            self.session,
+            seed=seed,
+            curve_points=self.comparison.curve_points,
+            progress=progress,
+            label=f"{trial.student} {trial.row}",
+        )
+        facts = {
+            "steps": section.epochs * lessons.steps,
+            "images": lessons.count,
+            "seconds": round(time.perf_counter() - start, 1),
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        }
+        return trained._asdict(), facts
+
+    def _feed(self, trial: Trial, section: Evaluation, seed: int) -> Stored | Drawn:
+        """What a trial learns from. Real images of equal bytes take as many steps of as many views as the set does."""
+        condensed, device = trial.images, self.session.device
+        if trial.row == "upper_bound" or trial.row.startswith("real"):
+            count = len(condensed.labels)
+            whole = trial.row == "upper_bound"
+            rows = self.real.rows() if whole else _fill(self.real, self._budget(trial), condensed, trial.seed)
+            return Drawn(
+                self.real.images(rows),
+                self.real.labels[rows],
+                self._view(trial, section),
+                section.batch if whole else min(section.batch, count),
+                device,
+                seed=seed,
+                teach=None,
+                fixed=None if whole else feed.steps(count, section.batch),
+            )
+        if self.sections[trial.student].labels == "stored":
+            hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
+            return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix)
+        teach = None
+        if section.labels == "online":
+            teach = self.teachers.teach
+        elif section.labels == "mean":
+            teach = teachers.of_images(condensed, self.session)
+        view = self._view(trial, section)
+        return Drawn(condensed.images, condensed.labels, view, section.batch, device, seed=seed, teach=teach)
+
+    def _view(self, trial: Trial, section: Evaluation) -> ViewSettings | None:
+        if section.augment == "none":
+            return None
+        view = section.view if section.augment == "own" else feed.settings(trial.images.manifest["soft_labels"])
+        return view.model_copy(update={"mix": "none"}) if trial.row.endswith("unmixed") else view
+
+    def _budget(self, trial: Trial) -> int:
+        return sum(self.bytes(trial.images, self.sections[trial.student].labels).values())
+
+    def bytes(self, condensed: CondensedSet, labels: str) -> dict[str, int]:
+        """What a student with this source of labels downloads: images, labels, views, observers' weights."""
+        found = condensed.sizes
+        kept = ("images", "labels", "views") if labels == "stored" else ("images",)
+        size = {key: found[key] if key in kept else 0 for key in ("images", "labels", "views")}
+        return size | {"observers": self.teachers.bytes if labels == "online" else 0}
+
+
+def _fill(real: RealSet, budget: int, condensed: CondensedSet, seed: int) -> Tensor:
+    """Random real images, of each class as many or one more, whose files fill `budget` bytes; one a class at least."""
+    generator = work.generator(seed, STAGE, "real images of equal bytes")
+    orders = [real.rows(label) for label in range(len(real.names))]
+    orders = [rows[torch.randperm(len(rows), generator=generator)] for rows in orders]
+    turn = torch.cat([torch.arange(len(rows)) for rows in orders])
+    turns = torch.cat(orders)[turn.argsort(stable=True)]  # one of each class, then the next of each
+    encoding = recipes.resolve(condensed.recipe).images
+    taken, spent = 0, 0
+    for rows in turns.split(256):
+        for file in sets.encode(real.images(rows), encoding):
+            spent += len(file)
+            if spent > budget:
+                return turns[: max(taken, len(orders))]
+            taken += 1
+    return turns
