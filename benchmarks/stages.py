@@ -159,12 +159,12 @@ def training_step(names: list[str], session: Session) -> tuple[Step, Step]:
         learner.begin(section.lr)
         taught.append(learner)
         bare_network = build(name).requires_grad_().train().to(memory_format=learner.layout)
-        plain.append((bare_network, students.optimizer_of(section, bare_network)))
-    x = batch.x.to(memory_format=taught[0].layout)
+        x = batch.x.to(memory_format=learner.layout)
+        plain.append((bare_network, students.optimizer_of(section, bare_network), x))
 
     def bare() -> None:
         for _ in range(steps):
-            for network, optimizer in plain:
+            for network, optimizer, x in plain:
                 loss = students.loss_of(section, network(x), batch)
                 optimizer.zero_grad()
                 loss.backward()

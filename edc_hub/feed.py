@@ -172,8 +172,9 @@ def _clean(images: Tensor, view: ViewSettings | None, batch: int, generator: tor
         view = ViewSettings(view_size=view.view_size, crop_area=view.crop_area, flip=view.flip, mix="none")
     passes = -(-CLEAN_VIEWS // len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])
-    for ids in _full(order, batch).split(batch):
-        yield views.apply(images, _draw(view, ids, size, generator), view.view_size or size if view else size)
+    view_size = view.view_size or size if view else size
+    for ids in _full(order, batch).split(views_at_once(view_size, batch)):
+        yield from views.apply(images, _draw(view, ids, size, generator), view_size).split(batch)
 
 
 def _batch(x: Tensor, soft: Tensor | None, labels: Tensor, table: ViewTable) -> Batch:
@@ -199,6 +200,7 @@ def _full(order: Tensor, batch: int) -> Tensor:
 
 
 def steps(count: int, batch: int) -> int:
+    """Batches of one pass over `count` views."""
     return -(-len(_full(torch.arange(count), batch)) // batch)
 
 

@@ -216,7 +216,7 @@ class Learner:
         """Top-1 predictions int16 (T,) of uint8 images by the live weights and by their average, on the CPU."""
         live = self._predict(self.network, images)
         if self.average is None:
-            return live, live
+            return live, live.clone()  # two tensors of one file share no memory
         if self.section.ema.bn == "reestimated":
             with self.autocast():  # the next step copies the live network's buffers again
                 update_bn((x.to(memory_format=self.layout) for x in feed.clean(rng)), self.average.module)
