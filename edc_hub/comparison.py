@@ -3,6 +3,7 @@
 Nothing here imports torch.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ if TYPE_CHECKING:  # torch is imported once the keys are known to be right
 
 _FLAGS = {"print_recipe": "print the resolved recipe and what its rows are called"}
 _SHIPPED = recipes.ROOT / "evaluation"
+_MADE = ("name", "method", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # decide what a set is
+_OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure need not share
 
 
 class Comparison(Section):
@@ -76,12 +79,19 @@ def parse(argv: list[str] | None) -> Parsed:
     asked = _model(given)
     if not asked.dataset:
         raise InputError("dataset: none given; write --dataset FOLDER or --dataset ORG/NAME")
+    if not asked.seeds:
+        raise InputError("seeds: an empty list; write e.g. --seeds 0,1,2")
+    if len(set(asked.seeds)) < len(asked.seeds):
+        raise InputError(f"seeds: one is given twice in {asked.seeds}; give each once")
     from .condensed import CondensedSet
 
     sets = [CondensedSet.load(_folder(place), revision=asked.revision) for place in asked.dataset]
+    for place, condensed in zip(asked.dataset, sets, strict=True):
+        _refuse_strange_run(place, condensed)
     _refuse_different(sets, asked.dataset)
     comparison = _model(_resolved(given, sets[0]))
     rules.validate_protocol(comparison.evaluation)
+    _refuse_seen_holdout(comparison, sets[0])
     return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), flags["print_recipe"])
 
 
@@ -113,18 +123,65 @@ def _folder(place: str) -> str:
         if not (run / "dataset/manifest.json").is_file():
             raise InputError(f"dataset: no finished set in run {place}; edc-hub condense {run}/recipe.yaml goes on")
         run = run / "dataset"
-    return str(run)
+    return os.path.abspath(run)  # the run is found by the folder's parents, which '.' has not
+
+
+def _refuse_strange_run(place: str, condensed: "CondensedSet") -> None:
+    """Raises InputError for a set in a run folder of another recipe: controls and observers there are not its own."""
+    if condensed.run is None:
+        return
+    changed = _differing(condensed.recipe, documents.load(condensed.run / "recipe.yaml"), _MADE)
+    if changed:
+        raise InputError(
+            f"dataset: {place} lies in the run {condensed.run}, whose recipe differs in {', '.join(changed[:3])}; "
+            "evaluate a copy outside of it, without the run's controls"
+        )
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
+    """The keys, dotted, in which two recipes make other sets."""
+    ours, theirs = (recipes.resolve(content).model_dump(include=set(sections)) for content in (one, other))
+    found = []
+    for name in sections:
+        if not isinstance(ours[name], dict):
+            found += [name] * (ours[name] != theirs[name])
+            continue
+        changed = [key for key in ours[name] if key not in _OWN and ours[name][key] != theirs[name][key]]
+        found += [f"{name}.{key}" for key in changed]
+    return found
 
 
 def _refuse_different(sets: "list[CondensedSet]", places: list[str]) -> None:
-    first = sets[0].manifest
-    for place, other in zip(places[1:], sets[1:], strict=True):
-        for key in ("name", "method", "ipc", "classes"):
-            if other.manifest[key] != first[key]:
-                raise InputError(
-                    f"dataset: {places[0]} and {place} differ in {key}; one figure is of sets of one recipe and "
-                    "several seeds, so evaluate them apart"
-                )
+    """One figure is of sets of one recipe and several seeds. Raises InputError naming what differs, or a set twice."""
+    prints = [condensed.manifest["fingerprint"] for condensed in sets]
+    for number, (place, other) in enumerate(zip(places, sets, strict=True)):
+        if prints.index(prints[number]) < number:
+            raise InputError(f"dataset: {places[prints.index(prints[number])]} and {place} are one set; give it once")
+        changed = [key for key in ("classes", "control") if other.manifest[key] != sets[0].manifest[key]]
+        changed += _differing(sets[0].recipe, other.recipe, (*_MADE, "source", "observers"))
+        if changed:
+            raise InputError(
+                f"dataset: {places[0]} and {place} differ in {', '.join(changed[:3])}; one figure is of sets of one "
+                "recipe and several seeds, so evaluate them apart"
+            )
+
+
+def _refuse_seen_holdout(comparison: Comparison, first: "CondensedSet") -> None:
+    """Raises InputError where the split `holdout` would hold images that the set was made from."""
+    if comparison.split != "holdout":
+        return
+    carried = first.recipe["source"]
+    if not carried["holdout"]:
+        raise InputError(
+            "split: holdout, but the set was condensed from all training images (source.holdout 0); condense with "
+            "--source.holdout 0.1, or write --split test"
+        )
+    for key in ("holdout", "holdout_seed"):
+        ours = getattr(comparison.source, key)
+        if ours != carried[key]:
+            raise InputError(
+                f"source.{key}: {ours}, but the set was condensed with {carried[key]} and saw other images; remove it"
+            )
 
 
 def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:

@@ -43,7 +43,9 @@ def command(argv: list[str]) -> None:
 def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     """Where results go, and where students are kept: beside the run that made the set, else under runs/."""
     run = first.run
-    own = run / "evaluation" if run else Path("runs") / f"{Path(asked.dataset[0]).name}-evaluation"
+    own = run / "evaluation" if run else Path("runs") / f"{Path(asked.dataset[0]).absolute().name}-evaluation"
+    if run and first.manifest["control"]:
+        own /= first.manifest["control"]  # beside the results of the run's set
     folder = Path(asked.output_dir).expanduser() if asked.output_dir else own
     return folder, (run or folder).parent / "artifacts"
 
@@ -101,7 +103,7 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
         rows[row] = {"images": facts["images"], "bytes": row_bytes if row != "upper_bound" else None, "note": ""}
     return {
         "set": {
-            "id": asked.dataset[0] if bench.sets[0].run is None else first.manifest["name"],
+            "id": Path(asked.dataset[0]).absolute().name if _is_local(asked.dataset[0]) else asked.dataset[0],
             "revision": asked.revision,
             "name": first.manifest["name"],
             "method": first.manifest["method"],
@@ -110,7 +112,7 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
             "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
         },
         "protocol": parsed.protocol,
-        "evaluation": asked.evaluation.model_dump(),
+        "evaluation": _portable(asked, first),
         "split": asked.split,
         "test": {
             "id": judged.id,
@@ -132,8 +134,21 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
     }
 
 
+def _is_local(place: str) -> bool:
+    return Path(place).expanduser().is_dir()
+
+
+def _portable(asked: Comparison, first: "CondensedSet") -> dict[str, Any]:
+    """The protocol as a recipe publishes it: local paths by their last part."""
+    from . import recipes
+
+    recipe = recipes.resolve(first.recipe).model_copy(update={"evaluation": asked.evaluation})
+    return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
+
+
 def _own_folder(condensed: "CondensedSet") -> Path | None:
-    return condensed.run / "dataset" if condensed.run else None
+    """The dataset folder of the run that made the set; a control's results are none of the run's set."""
+    return condensed.run / "dataset" if condensed.run and not condensed.manifest["control"] else None
 
 
 def publish(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
@@ -145,10 +160,9 @@ def publish(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
     for each in done:
         curves = lines.setdefault(f"{each.trial.student}/{each.trial.row}", [])
         curves += [each.tensors["loss"], each.tensors["curve"]]
-    readme = folder / "README.md"
-    assets = folder / "assets" if readme.is_file() else folder
-    report.curves(assets / "curves.png", lines)
-    if readme.is_file():
+    readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
+    report.curves((folder / "assets" if is_set else folder) / "curves.png", lines)
+    if is_set and readme.is_file():
         text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
         work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -77,7 +77,7 @@ def student_name(student: str | Student) -> str:
 def of_student(section: Evaluation, name: str) -> Evaluation:
     """The protocol of one student: `per_student` over the rest. Raises InputError for what is no key there."""
     own = section.per_student.get(name, {})
-    fixed = {"protocol", "students", "per_student"} & set(own)
+    fixed = {"protocol", "students", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")
     try:

@@ -31,7 +31,7 @@ _FLAGS = {
     "print_recipe": "print the resolved recipe",
 }
 _OTHERS = ("methods", "protocols", "evaluation", "published")  # what else lies in the folder of recipes
-_RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")  # change where and how fast, not what
+_RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds", "hub")  # change where and how fast, not what
 
 
 class Parsed(NamedTuple):

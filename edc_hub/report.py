@@ -1,5 +1,6 @@
 """Results shown: a table for terminals, a section for the card, learning curves."""
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,7 +117,8 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         if steps and _steps(found) != steps:
             notes.append(f"{_steps(found):,} steps")
         live, ema = (_percent(found[weights]["mean"], found[weights]["std"]) for weights in WEIGHTS)
-        images, size = f"{about_row['images']:,}", amount(about_row["bytes"])
+        images = f"{about_row['images']:,}"
+        size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
         yield Line(
             title, str(found["n"]), live, ema, images, size, "; ".join(filter(None, [*notes, about_row["note"]]))
         )
@@ -127,6 +129,8 @@ def _notes(each: list[dict[str, Any]]) -> list[str]:
     numbers = {name: len({one[name] for one in each}) for name in ("set", "draw", "seed")}
     if numbers["set"] == numbers["draw"] == 1:
         return []
+    if math.prod(numbers.values()) != len(each):  # each draw of random images has its own seed
+        del numbers["seed"]
     return [" x ".join(_count(number, name) for name, number in numbers.items() if number > 1)]
 
 

@@ -72,9 +72,12 @@ def summarise(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Writes `results.json` in `folder`."""
+    """Writes `results.json` in `folder`; what `showcase` measured there stays."""
+    place = folder / "results.json"
+    old = json.loads(place.read_text("utf-8")) if place.is_file() else {}
+    results = {**{key: old[key] for key in ("prefixes",) if key in old}, **results}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    work.write_atomically(folder / "results.json", lambda path: path.write_text(text, "utf-8"))
+    work.write_atomically(place, lambda path: path.write_text(text, "utf-8"))
 
 
 def _row(part: list[Outcome]) -> dict[str, Any]:

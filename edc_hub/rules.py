@@ -1,5 +1,6 @@
 """Combinations of keys that cannot work, found before anything is loaded."""
 
+import re
 from collections.abc import Iterator
 
 from .errors import InputError
@@ -12,7 +13,7 @@ _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
 
 def validate(recipe: Recipe) -> None:
     """Raises InputError with the first combination of keys that cannot work. Looks at nothing but the recipe."""
-    for rules in (_source, _areas, _observers, _initialize, _synthesize, _relabel):
+    for rules in (_source, _areas, _observers, _initialize, _synthesize, _relabel, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
     validate_protocol(recipe.evaluation)
@@ -143,5 +144,33 @@ def _relabel(recipe: Recipe) -> Iterator[str]:
         yield f"relabel.batch: {section.mix} mixes two views of a batch, got 1; write 2 or more, or mix: none"
     if section.batch == 1 and section.observer_mode == "batch":
         yield "relabel.batch: observer_mode batch needs statistics of a batch, got 1; write 2 or more"
+    yield from _stored(recipe)
     if section.shuffle and size % section.shuffle:
         yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of it, or 0"
+
+
+def _stored(recipe: Recipe) -> Iterator[str]:
+    section, evaluation = recipe.relabel, recipe.evaluation
+    if section.codec == "observers":
+        if section.budget is not None:
+            yield "relabel.budget: codec observers stores no views; write null, or another codec"
+        if section.full:
+            yield "relabel.full: codec observers stores no views; write false, or codec: dense with a budget"
+        for name in map(student_name, evaluation.students):
+            if of_student(evaluation, name).labels == "stored":
+                yield (
+                    f"relabel.codec: observers stores no views, and evaluation.labels is stored for {name}; "
+                    "write --evaluation.labels online"
+                )
+    elif section.full and section.codec == "dense" and section.budget is None:
+        yield "relabel.full: true, but soft_labels has all label epochs as it is; write a budget or another codec"
+
+
+def _hub(recipe: Recipe) -> Iterator[str]:
+    section = recipe.hub
+    if section.push and section.id is None:
+        yield "hub.id: push is on, and the set has no name; write --hub.id ORG/NAME"
+    if section.id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", section.id):
+        yield f"hub.id: {section.id!r} is no name of a repository; write ORG/NAME"
+    if section.tag is not None and not re.fullmatch(r"v\d+\.\d+\.\d+", section.tag):
+        yield f"hub.tag: {section.tag!r} is no version; write e.g. v1.0.0, or null"

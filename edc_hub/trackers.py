@@ -31,10 +31,18 @@ def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[O
         tracker = tracker_class(folder.parent.name or "edc_hub", **where)
         tracker.start()
         tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
-        for (trial, tensors, _), reached in zip(done, outcomes, strict=True):
-            name = f"{trial.student}/{trial.row}/set{trial.set}-draw{trial.draw}-seed{trial.seed}"
-            for epoch, (loss, lr) in enumerate(zip(tensors["loss"].tolist(), tensors["lr"].tolist(), strict=True)):
-                tracker.log({f"{name}/loss": loss, f"{name}/lr": lr}, step=epoch)
-            last = {f"{name}/accuracy": reached.live, f"{name}/accuracy_ema": reached.ema}
-            tracker.log(last, step=len(tensors["loss"]) - 1)
+        for epoch, values in sorted(_by_epoch(done, outcomes).items()):
+            tracker.log(values, step=epoch)
         tracker.finish()
+
+
+def _by_epoch(done: "list[Done]", outcomes: "list[Outcome]") -> dict[int, dict[str, float]]:
+    """All students' values of each epoch: wandb takes no step that is before the last one."""
+    found: dict[int, dict[str, float]] = {}
+    for (trial, tensors, _), reached in zip(done, outcomes, strict=True):
+        name = f"{trial.student}/{trial.row}/set{trial.set}-draw{trial.draw}-seed{trial.seed}"
+        for epoch, (loss, lr) in enumerate(zip(tensors["loss"].tolist(), tensors["lr"].tolist(), strict=True)):
+            found.setdefault(epoch, {}).update({f"{name}/loss": loss, f"{name}/lr": lr})
+        last = {f"{name}/accuracy": reached.live, f"{name}/accuracy_ema": reached.ema}
+        found[len(tensors["loss"]) - 1].update(last)
+    return found

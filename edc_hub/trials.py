@@ -125,10 +125,17 @@ class Bench:
                 rows = [("set", condensed)]
                 if "initial" in wanted:
                     rows += [("initial", control) for control in self._controls(condensed, "initial")]
-                if "hard" in wanted and section.labels != "hard":  # else the set's own row is that
-                    rows += [("hard_mixed", condensed), ("hard_unmixed", condensed)]
-                if "real" in wanted:
-                    rows += [("real_mixed", condensed), ("real_unmixed", condensed)]
+                kinds = [kind for kind in ("hard", "real") if kind in wanted]
+                if section.labels == "hard" and "hard" in kinds:
+                    kinds.remove("hard")
+                    self.unavailable |= dict.fromkeys(("hard_mixed", "hard_unmixed"), "the set's own labels are hard")
+                view = self._view(condensed, section)
+                for kind in kinds:
+                    rows.append((f"{kind}_unmixed", condensed))
+                    if view and view.mix != "none":
+                        rows.append((f"{kind}_mixed", condensed))
+                    else:
+                        self.unavailable[f"{kind}_mixed"] = "the protocol mixes no views"
                 if self.comparison.upper_bound and number == 0:
                     rows.append(("upper_bound", condensed))
                 found += [Trial(row, name, number, 0, seed, images) for row, images in rows for seed in seeds]
@@ -144,7 +151,7 @@ class Bench:
             places = [folder] if kind == "initial" else sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
         found = [CondensedSet.load(place) for place in places if (place / "manifest.json").is_file()]
         if not found:
-            self.unavailable[kind] = "not available: it lies beside the run that made the set"
+            self.unavailable[kind] = "it lies beside the run that made the set"
         return found
 
     def check(self) -> None:
@@ -155,7 +162,7 @@ class Bench:
             if section.labels == "stored" and not stored:
                 raise InputError(
                     f"evaluation.labels: stored, but {self.sets[0].manifest['name']} carries no soft_labels and "
-                    f"{section.loss} needs soft labels; write --evaluation.labels mean, or --evaluation.protocol hard"
+                    f"{section.loss} needs soft labels; write --evaluation.labels online or mean"
                 )
             if section.labels == "online":
                 _ = self.teachers.fingerprints
@@ -232,7 +239,7 @@ class Bench:
             return Drawn(
                 self.real.images(rows),
                 self.real.labels[rows],
-                self._view(trial, section),
+                self._shown(trial, section),
                 section.batch if whole else min(section.batch, count),
                 device,
                 seed=seed,
@@ -247,14 +254,18 @@ class Bench:
             teach = self.teachers.teach
         elif section.labels == "mean":
             teach = teachers.of_images(condensed, self.session)
-        view = self._view(trial, section)
+        view = self._shown(trial, section)
         return Drawn(condensed.images, condensed.labels, view, section.batch, device, seed=seed, teach=teach)
 
-    def _view(self, trial: Trial, section: Evaluation) -> ViewSettings | None:
+    def _view(self, condensed: CondensedSet, section: Evaluation) -> ViewSettings | None:
+        """How views are drawn; None: images are shown whole."""
         if section.augment == "none":
             return None
-        view = section.view if section.augment == "own" else feed.settings(trial.images.manifest["soft_labels"])
-        return view.model_copy(update={"mix": "none"}) if trial.row.endswith("unmixed") else view
+        return section.view if section.augment == "own" else feed.settings(condensed.manifest["soft_labels"])
+
+    def _shown(self, trial: Trial, section: Evaluation) -> ViewSettings | None:
+        view = self._view(trial.images, section)
+        return view.model_copy(update={"mix": "none"}) if view and trial.row.endswith("unmixed") else view
 
     def _budget(self, trial: Trial) -> int:
         return sum(self.bytes(trial.images, self.sections[trial.student].labels).values())

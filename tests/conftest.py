@@ -43,3 +43,11 @@ def dataset(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("run")
     return written(root / "dataset", Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu")))
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory):
+    """The run folder of a finished condensation in three classes, made once. What it holds is not to be changed."""
+    from helpers_evaluation import condensed
+
+    return condensed(tmp_path_factory.mktemp("toy"), "first")

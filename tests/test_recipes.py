@@ -98,7 +98,7 @@ def test_labels_and_students_are_those_of_tables_6_to_10():
         schedule = (found.evaluation.schedule, found.evaluation.zeta)
         assert name == "cifar10" or schedule == ("smooth", 2.0)
     found = recipe("cifar10").evaluation
-    assert (found.schedule, found.milestones, found.gamma) == ("multistep", [800, 900, 950], 0.5)
+    assert (found.schedule, found.milestones, found.gamma) == ("multistep", [0.8, 0.9, 0.95], 0.5)
 
 
 def test_tiny_imagenet_has_1000_epochs_at_ipc_1_alone():
@@ -151,6 +151,8 @@ def test_random_publishes_real_images_with_the_labels_and_evaluation_of_edc():
 def methods(tmp_path, monkeypatch):
     """A root of recipes with methods of our own."""
     (tmp_path / "root/methods").mkdir(parents=True)
+    (tmp_path / "root/protocols").mkdir()
+    (tmp_path / "root/protocols/edc.yaml").write_text("{}")
     monkeypatch.setattr(recipes, "ROOT", tmp_path / "root")
 
     def write(name, text):
@@ -201,6 +203,20 @@ def test_observers_train_is_shared_and_a_network_s_own_keys_win():
     assert shared == found.observers.train and own == shared.model_copy(update={"lr": 0.3})
 
 
+def test_the_evaluation_is_that_of_the_protocol_below_the_file_and_the_command_line(methods, file, tmp_path):
+    protocol = "all: {lr: 1.0, batch: 7, ema: {decay: 0.5}}\ntoy: {batch: 8, per_ipc: {3: {epochs: 9}}}"
+    (tmp_path / "root/protocols/ours.yaml").write_text(protocol)
+    methods("edc", "all: {evaluation: {protocol: ours, lr: 2.0}}")
+    path = file(f"name: toy\nipc: 3\nobservers: {{networks: [{NETWORK}]}}\nevaluation: {{ema: {{bn: averaged}}}}\n")
+    found = recipe(path, "--evaluation.momentum", 0.3).evaluation
+    assert (found.protocol, found.lr, found.batch, found.epochs) == ("ours", 2.0, 8, 9)
+    assert (found.ema.decay, found.ema.bn, found.momentum) == (0.5, "averaged", 0.3)
+    assert recipe(path, "--evaluation.protocol", "edc").evaluation.batch == 50  # the other's values are gone
+    assert "evaluation.protocol: no protocol 'our'; did you mean 'ours'?" in error(
+        path, "--evaluation.protocol", "our"
+    )
+
+
 # Command line
 
 
@@ -210,6 +226,14 @@ def test_values_are_yaml_and_both_spellings_of_an_override_work():
     networks = '[{"name": "a", "arch": "convnet", "args": {"depth": 1}, "train": {"lr": 1e-3}}]'
     net = recipe("digits", "--observers.networks", networks).observers.networks[0]
     assert (net.args, net.train.lr) == ({"depth": 1}, 1e-3)
+
+
+def test_a_list_may_be_written_with_commas():
+    found = recipe("digits", "--relabel.observers", "convnet_d3,convnet_d2", "--source.mean", "0.1,0.2,3e-1")
+    assert (found.relabel.observers, found.source.mean) == (["convnet_d3", "convnet_d2"], [0.1, 0.2, 0.3])
+    assert recipe("digits", "--source.classes", "3,5").source.classes == [3, 5]
+    found = recipe("digits", "--evaluation.students", "resnet18,convnet3", "--relabel.observers", "convnet_d3")
+    assert found.evaluation.students == ["resnet18", "convnet3"] and found.relabel.observers == ["convnet_d3"]
 
 
 def test_text_keys_take_the_text_as_it_stands():
@@ -237,7 +261,8 @@ def test_help_lists_every_key_with_its_meaning_type_and_default(capsys):
     text = capsys.readouterr().out
     assert stopped.value.code == 0
     missing = [key.path for key in keys.walk() if key.path not in text or key.field.description not in text]
-    assert set(missing) == {path for path in missing if path.startswith("observers.networks[].train.")}
+    shown_once = ("observers.networks[].train.", "evaluation.teachers[].train.")  # under observers.train
+    assert all(path.startswith(shown_once) for path in missing)
     assert "--synthesize.iterations  integer >= 0, default 2000\n        steps of Adam" in text
     assert '--relabel.mix  none | cutmix | mixup, default "cutmix"' in text
     assert "light/cifar10" in text and "--print_recipe" in text
@@ -256,8 +281,13 @@ def test_the_printed_recipe_is_resolved_and_refuses_another_method(file):
 
 def test_an_override_of_observers_train_reaches_the_networks_of_a_printed_recipe(file):
     path = file(recipes.dump(recipe("light/cifar10")))
+    found = recipe(path, "--observers.train.batch", 7)
+    assert {net.train.batch for net in found.observers.networks} == {7}
+    own = {net.name for net in recipe("light/cifar10").observers.networks if net.train.epochs == 8}
     found = recipe(path, "--observers.train.epochs", 7)
-    assert {net.train.epochs for net in found.observers.networks} == {7}
+    assert {net.name: net.train.epochs for net in found.observers.networks} == {
+        net.name: 8 if net.name in own else 7 for net in found.observers.networks
+    }
 
 
 def test_numbers_and_texts_survive_printing(file):
@@ -322,8 +352,8 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ("--source.path null", "source.path: expected text, got None; write e.g. --source.path sklearn/digits"),
         ("--images.format gif", "images.format: expected one of 'png', 'jpeg' or 'webp', got 'gif'; write e.g."),
         (
-            "--relabel.observers a,b",
-            "relabel.observers: expected a list, got 'a,b'; write e.g. --relabel.observers '[\"a\"",
+            "--relabel.observers {a,b}",
+            "relabel.observers: expected a list, got {'a': None, 'b': None}; write e.g. --relabel.observers '[\"a\"",
         ),
         ("--synthesize 5", "synthesize: expected a section of keys and values, got 5; write e.g. synthesize: {"),
         ("--source.classes [", "--source.classes: broken YAML: line 1: "),

@@ -1,0 +1,491 @@
+"""The evaluation as a user runs it: one tiny set, real students, real processes where these matter."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from helpers_evaluation import MACHINE, NAMES, STUDENT, condensed, write_source
+from safetensors.torch import save_file
+from torchvision.transforms import v2
+from toys import png, write_parquet
+
+from edc_hub import comparison, evaluate, trials, work
+from edc_hub import condensed as sets
+from edc_hub.condensed import CondensedSet
+
+
+ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+MODULE = [sys.executable, "-m", "edc_hub.evaluate"]
+FEW = ["--seeds", "0", "--controls", "[]"]
+
+
+@pytest.fixture(scope="module")
+def two(toy_run):
+    """A second set, of another seed, beside the first run."""
+    return condensed(toy_run.parent.parent, "second", "--seed", "1", "--relabel.random_draws", "1")
+
+
+@pytest.fixture
+def lonely(toy_run, tmp_path):
+    """A copy of the set away from its run."""
+    shutil.copytree(toy_run / "dataset", tmp_path / "lonely")
+    return tmp_path / "lonely"
+
+
+def run(folder, *more, source=None, out=None):
+    """Runs the command in this process; its results.json."""
+    argv = ["--dataset", str(folder), *MACHINE, *map(str, more)]
+    argv += ["--source.path", str(source)] if source else []
+    argv += ["--output_dir", str(out)] if out else []
+    assert evaluate.main(argv) == 0
+    place = out or (folder if (folder / "controls").is_dir() else folder.parent) / "evaluation"
+    return json.loads((place / "results.json").read_text())
+
+
+def refused(capsys, *argv):
+    """Runs the command in this process; its one line of error."""
+    capsys.readouterr()
+    assert evaluate.main([*map(str, argv), *MACHINE]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if "error:" in line]
+    assert out == "" and len(lines) == 1 and "Traceback" not in err, err
+    return lines[0].removeprefix("edc-hub: error: ")
+
+
+def bench(folder, session, *more):
+    parsed = comparison.parse(["--dataset", str(folder), *more])
+    return trials.Bench(parsed.comparison, parsed.sets, session)
+
+
+def same(results):
+    """What must not depend on who made it and how fast."""
+    content = json.loads(json.dumps(results))
+    content["about"].pop("hardware")
+    for student in content["students"].values():
+        for row in student["rows"].values():
+            for each in row["each"]:
+                each.pop("seconds")
+    return content
+
+
+def units(runs):
+    return {path: path.stat().st_mtime_ns for path in (runs / "artifacts/students").glob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(toy_run, two):
+    """All rows of two sets, two students and two seeds; what stdout said."""
+    import contextlib
+    import io
+
+    from edc_hub import networks  # noqa: F401
+
+    students = json.dumps([STUDENT, {**STUDENT, "name": "wide", "args": {"depth": 1, "width": 12}}])
+    argv = [f"{toy_run},{two}", "--seeds", "0,1", "--upper_bound", "--upper_bound_epochs", "1", "--curve_points", "2"]
+    argv = ["--dataset", *argv, "--evaluation.students", students, *MACHINE]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert evaluate.main(argv) == 0
+    return SimpleNamespace(
+        argv=argv, out=out.getvalue(), results=json.loads((toy_run / "evaluation/results.json").read_text())
+    )
+
+
+# Rows
+
+
+def test_every_student_is_trained_on_every_set_with_every_seed_and_on_all_controls(whole):
+    assert set(whole.results["students"]) == {"narrow", "wide"}
+    for student in whole.results["students"].values():
+        counts = {row: found["n"] for row, found in student["rows"].items()}
+        pairs = dict.fromkeys(("set", "initial", "hard_mixed", "hard_unmixed", "real_mixed", "real_unmixed"), 4)
+        assert counts == pairs | {"random": 2 + 1, "upper_bound": 2}  # draws of the first set and of the second
+        each = {(one["set"], one["seed"]) for one in student["rows"]["set"]["each"]}
+        assert each == {(number, seed) for number in (0, 1) for seed in (0, 1)}
+        assert student["margin"]["n"] == 4 and set(student["dd_ranking"]) == {"hlr", "ior", "lrs"}
+
+
+def test_the_same_command_again_trains_nothing_and_says_the_same(whole, toy_run, capsys):
+    before = units(toy_run.parent)
+    assert evaluate.main(whole.argv) == 0
+    assert units(toy_run.parent) == before and capsys.readouterr().out == whole.out
+    assert json.loads((toy_run / "evaluation/results.json").read_text()) == whole.results
+
+
+def test_results_curves_and_the_card_s_table_lie_in_the_run_and_in_every_dataset_folder(whole, toy_run, two):
+    text = (toy_run / "evaluation/results.json").read_text()
+    for folder in (toy_run / "dataset", two / "dataset"):
+        assert (folder / "results.json").read_text() == text
+        assert PIL.Image.open(folder / "assets/curves.png").format == "PNG"
+        card = (folder / "README.md").read_text()
+        section = card.split("<!-- results -->")[1].split("<!-- /results -->")[0]
+        assert "edc (batch 4, epochs 2, ema decay 0.5)" in section and "margin over (i)" in section
+        assert "**wide**" in section and "of the last epoch" in section and "| n |" in section
+    assert (toy_run / "evaluation/curves.png").is_file() and str(toy_run) not in text
+
+
+def test_an_accuracy_is_that_of_the_last_epoch_s_predictions(whole, toy_run, session):
+    parsed = comparison.parse(whole.argv[: -len(MACHINE)])
+    made = trials.Bench(parsed.comparison, parsed.sets, session)
+    session.store.root = toy_run.parent / "artifacts"
+    each = whole.results["students"]["wide"]["rows"]["set"]["each"]
+    for trial in [trial for trial in made.trials() if (trial.student, trial.row) == ("wide", "set")]:
+        tensors, truth = session.store.load(made.unit(trial)), made.test[1]
+        (found,) = [one for one in each if (one["set"], one["seed"]) == (trial.set, trial.seed)]
+        for name in ("live", "ema"):
+            right = [int(a) == int(b) for a, b in zip(tensors[name], truth, strict=True)]
+            assert found[name] == round(sum(right) / len(right), 4)
+            assert tensors["curve"][-1].tolist()[0] == 2  # measured on the way for the picture alone
+
+
+def test_what_a_person_wrote_in_the_card_stays(whole, toy_run):
+    card = toy_run / "dataset/README.md"
+    mine = "\n## My notes\n\nmade on a rainy day\n"
+    card.write_text(card.read_text() + mine)
+    run(toy_run, *FEW)
+    assert card.read_text().endswith(mine) and card.read_text().count("<!-- results -->") == 1
+    card.write_text(card.read_text().removesuffix(mine))
+
+
+def test_a_holdout_is_measured_for_a_choice_and_is_no_result_of_the_set(whole, toy_run, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")}
+    found = run(toy_run, *FEW, "--split", "holdout", out=tmp_path / "out")
+    assert found["about"]["split"] == "holdout" and found["about"]["test"]["images"] == 9  # a quarter of 36
+    assert {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")} == before
+
+
+def test_a_control_given_as_the_set_leaves_the_set_s_own_results_alone(whole, toy_run):
+    before = (toy_run / "dataset/results.json").read_text()
+    assert evaluate.main(["--dataset", str(toy_run / "controls/initial"), *FEW, *MACHINE]) == 0
+    assert (toy_run / "dataset/results.json").read_text() == before
+    assert (toy_run / "evaluation/initial/results.json").is_file()
+
+
+def test_a_readme_in_the_output_folder_that_is_no_card_is_left_alone(toy_run, tmp_path):
+    (tmp_path / "README.md").write_text("# My project\n")
+    run(toy_run, *FEW, out=tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My project\n" and (tmp_path / "curves.png").is_file()
+
+
+def test_a_set_away_from_its_run_has_no_control_images(lonely, toy_run, tmp_path, capsys):
+    found = run(lonely, "--seeds", "0", source=toy_run.parent.parent / "toy", out=tmp_path / "out")
+    rows = set(found["students"]["narrow"]["rows"])
+    assert rows == {"set", "hard_mixed", "hard_unmixed", "real_mixed", "real_unmixed"}
+    assert found["about"]["set"]["id"] == "lonely"
+    out = capsys.readouterr().out
+    for row in ("(i) initial images", "(ii) random real images"):
+        (line,) = [line for line in out.splitlines() if line.startswith(row)]
+        assert line.endswith("not available: it lies beside the run that made the set")
+
+
+def test_hard_rows_are_the_set_s_own_images_with_their_classes(toy_run, session):
+    made = bench(toy_run, session, "--seeds", "0")
+    images = CondensedSet.load(toy_run / "dataset")
+    for trial in [trial for trial in made.trials() if trial.row.startswith("hard")]:
+        section = made._section(trial)
+        lessons = made._feed(trial, section, seed=1)
+        assert section.loss == "ce" and lessons.count == 6
+        batches = list(lessons.epoch(0, torch.Generator().manual_seed(0)))
+        assert all(batch.soft is None for batch in batches)
+        labels = torch.cat([batch.label for batch in batches])
+        assert sorted(labels.tolist()) == images.labels.tolist()
+        mixed = torch.cat([batch.share for batch in batches]) < 1
+        assert bool(mixed.any()) == (trial.row == "hard_mixed")
+
+
+def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps(toy_run, session):
+    made = bench(toy_run, session, "--seeds", "0,1")
+    images = CondensedSet.load(toy_run / "dataset")
+    budget = sum(images.sizes.values())
+    encoding = comparison.recipes.resolve(images.recipe).images
+    picked = []
+    for seed in (0, 1):
+        rows = trials._fill(made.real, budget, images, seed)
+        sizes = [len(file) for file in sets.encode(made.real.images(rows), encoding)]
+        assert len(set(rows.tolist())) == len(rows)
+        counts = torch.bincount(made.real.labels[rows], minlength=3)
+        assert sum(sizes) <= budget and int(counts.max() - counts.min()) <= 1
+        if len(rows) < len(made.real.rows()):
+            assert sum(sizes) + max(sizes) * 1.2 > budget
+        picked.append(rows.tolist())
+    assert picked[0] != picked[1]
+    few = trials._fill(made.real, 900, images, 0)
+    cost = [len(file) for file in sets.encode(made.real.images(few), encoding)]
+    assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
+    assert len(trials._fill(made.real, 1, images, 0)) == 3  # one a class at least
+    for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:
+        lessons = made._feed(trial, made._section(trial), seed=1)
+        own = made._feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
+        batches = list(lessons.epoch(0, torch.Generator().manual_seed(0)))
+        assert lessons.steps == own.steps == len(batches) == 2 and {len(batch.x) for batch in batches} == {4}
+
+
+def test_a_protocol_without_mixing_has_one_row_where_others_have_two(toy_run, tmp_path, capsys):
+    small = ["--evaluation.students", json.dumps([STUDENT]), "--evaluation.epochs", "1", "--controls", "hard,real"]
+    found = run(toy_run, "--evaluation.protocol", "dc", "--seeds", "0", *small, out=tmp_path)
+    assert set(found["students"]["narrow"]["rows"]) == {"set", "real_unmixed"}
+    assert found["about"]["protocol"] == "dc (epochs 1)"
+    assert found["about"]["bytes"]["labels"] == 0 < found["about"]["bytes"]["images"]
+
+
+def test_labels_may_be_the_means_or_made_online_and_bytes_say_so(toy_run, tmp_path):
+    mean = run(toy_run, *FEW, "--evaluation.labels", "mean", out=tmp_path / "mean")["about"]
+    online = run(toy_run, *FEW, "--evaluation.labels", "online", out=tmp_path / "online")["about"]
+    assert (mean["bytes"]["labels"], mean["bytes"]["views"], mean["bytes"]["observers"]) == (0, 0, 0)
+    assert online["bytes"]["labels"] == 0 < online["bytes"]["observers"]
+    assert online["rows"]["set"]["bytes"] == online["bytes"]["images"] + online["bytes"]["observers"]
+    assert "labels online" in online["protocol"] and "labels mean" in mean["protocol"]
+
+
+def test_teachers_are_named_without_the_paths_of_this_machine(toy_run, tmp_path, session):
+    networks = bench(toy_run, session).teachers._recipe.observers.networks
+    session.store.root = toy_run.parent / "artifacts"
+    state = bench(toy_run, session).teachers.networks[0].module.state_dict()
+    save_file(state, tmp_path / "judge.safetensors")
+    teacher = {
+        "name": "judge",
+        "arch": "convnet",
+        "args": networks[0].args,
+        "weights": str(tmp_path / "judge.safetensors"),
+    }
+    labels = ["--evaluation.labels", "online", "--evaluation.teachers", json.dumps([teacher])]
+    about = run(toy_run, *FEW, *labels, out=tmp_path / "out")["about"]
+    assert str(tmp_path) not in json.dumps(about["evaluation"])
+    assert about["evaluation"]["teachers"][0]["weights"] == "judge.safetensors"
+
+
+def test_values_for_a_single_student_reach_it_alone(toy_run, session):
+    students = json.dumps([STUDENT, "convnet3"])
+    made = bench(
+        toy_run, session, "--evaluation.students", students, "--evaluation.per_student", "{convnet3: {lr: 0.5}}"
+    )
+    assert (made.sections["narrow"].lr, made.sections["convnet3"].lr) == (0.001, 0.5)
+
+
+def test_a_timm_and_a_transformers_student_stand_beside_ours(toy_run, tmp_path):
+    vit = {"name": "vit", "arch": "transformers/vit"}
+    vit["args"] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    vit["args"] |= {"image_size": 8, "patch_size": 4}
+    cnn = {"name": "timm", "arch": "timm/resnet10t", "args": {"stem_width": 4}}
+    found = run(
+        toy_run, *FEW, "--evaluation.students", json.dumps([vit, cnn]), "--evaluation.epochs", "1", out=tmp_path
+    )
+    assert set(found["students"]) == {"vit", "timm"}
+
+
+@pytest.mark.parametrize("side", [(20, 26), (33, 20), (24, 24)])
+def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, side):
+    x, y = np.meshgrid(np.linspace(0, 255, side[0]), np.linspace(0, 255, side[1]))
+    image = PIL.Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))  # a value is a place
+    splits = {"train": [0, 1, 2] * 4, "test": [2, 0, 1]}
+    write_parquet(tmp_path / "toy", splits, names=NAMES, encoded=[png(image)] * 12)
+    more = ["--source.path", str(tmp_path / "toy"), "--evaluation.test_resize", "12"]
+    images, labels = bench(toy_run, session, *more).test
+    assert images.shape == (3, 3, 8, 8) and labels.tolist() == [2, 0, 1]
+    expected = np.asarray(v2.Compose([v2.Resize(12), v2.CenterCrop(8)])(image)).transpose(2, 0, 1).astype(float)
+    pixel = 255 / (12 * max(side) / min(side))  # of the longer side, which PIL rounds to whole pixels
+    assert np.abs(images[0].numpy() - expected).max() <= (0 if side[0] == side[1] else pixel + 2)
+
+
+# Processes
+
+
+def test_two_processes_give_the_figures_of_one(whole, toy_run, tmp_path):
+    places = {}
+    for number in ("1", "2"):
+        runs = tmp_path / number / "runs"
+        shutil.copytree(toy_run, runs / "first", symlinks=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number]
+        argv = ["-m", "edc_hub.evaluate", "--dataset", str(runs / "first"), "--seeds", "0,1", *MACHINE]
+        if number == "1":
+            places[number] = run(runs / "first", "--seeds", "0,1")
+            continue
+        done = subprocess.run([*launcher, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("condensed set ") == 1
+        places[number] = json.loads((runs / "first/evaluation/results.json").read_text())
+    assert same(places["1"]) == same(places["2"]) and places["2"]["about"]["hardware"]["processes"] == 2
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_figures(toy_run, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(toy_run, runs / "first")
+    more = ["--seeds", "0", "--evaluation.epochs", "400", "--controls", "initial", "--checkpoint_seconds", "0"]
+    killed = subprocess.Popen(
+        [*MODULE, "--dataset", str(runs / "first"), *more, *MACHINE], env=ENVIRONMENT, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list(runs.glob("artifacts/students/*.progress")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert list(runs.glob("artifacts/students/*.progress")) and not (runs / "first/evaluation/results.json").exists()
+    resumed = run(runs / "first", *more)
+    assert not list(runs.rglob("*.progress"))
+    shutil.rmtree(runs / "artifacts")
+    assert same(run(runs / "first", *more)) == same(resumed)
+
+
+# Trackers
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(toy_run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("edc_hub.trackers.find_spec", lambda name: None)
+    line = refused(capsys, "--dataset", toy_run, *FEW, "--report_to", "tensorboard", "--output_dir", tmp_path)
+    assert line == "report_to: tensorboard is not installed; pip install tensorboard, or remove it"
+
+
+def test_tensorboard_gets_curves_and_accuracies(toy_run, tmp_path):
+    pytest.importorskip("tensorboard")
+    run(toy_run, *FEW, "--report_to", "tensorboard", out=tmp_path)
+    assert list((tmp_path / "tracking").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_path, monkeypatch):
+    steps, seen = [], {}
+
+    class Tracker:
+        requires_logging_directory = False
+
+        def __init__(self, name):
+            self.name = name
+
+        def start(self):
+            pass
+
+        finish = start
+
+        def store_init_configuration(self, values):
+            assert values["evaluation.protocol"] == "edc"
+
+        def log(self, values, step):
+            steps.append(step)
+            seen.update(values)
+
+    monkeypatch.setattr("edc_hub.trackers.find_spec", lambda name: name)
+    monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Tracker})
+    found = run(toy_run, "--seeds", "0,1", "--controls", "initial", "--report_to", "wandb", out=tmp_path)
+    assert steps == sorted(set(steps)) == [0, 1]
+    (own,) = found["students"].values()
+    for row in ("set", "initial"):
+        for each in own["rows"][row]["each"]:
+            accuracy = seen[f"narrow/{row}/set0-draw0-seed{each['seed']}/accuracy"]
+            assert round(accuracy, 4) == each["live"]
+
+
+# Mistakes
+
+
+def test_the_printed_recipe_goes_to_stdout_and_the_row_s_name_to_stderr(toy_run, capsys, tmp_path):
+    argv = ["--dataset", str(toy_run), "--print_recipe", "--output_dir", str(tmp_path / "none")]
+    assert evaluate.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "protocol: edc" in out and "rows are called: edc (batch 4" in err and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (
+            ["--evaluation.students", "resnet81"],
+            "evaluation.students: resnet81: arch: no network 'resnet81'; did you mean",
+        ),
+        (["--evaluation.students", "timm/resnet81"], "evaluation.students: timm/resnet81: arch: no network"),
+        (["--evaluation.students", "[{arch: alexnet, stem: standard}]"], "alexnet: cannot take 8x8 images"),
+        (["--evaluation.protocol", "rdd3"], "evaluation.protocol: no protocol 'rdd3'; did you mean 'rd3'?"),
+        (["--evaluation.test_resize", "6"], "evaluation.test_resize: 6 is less than the images' 8 px; raise it"),
+        (["--source.test_split", "tests"], "source.test_split: no split 'tests' in toy; there are: train, test"),
+        (["--source.path", "nobody/nothing"], "source.path: cannot reach 'nobody/nothing' on the Hub"),
+        (["--source.path", "./nowhere"], "source.path: no folder ./nowhere"),
+        (["--device", "cuda"], "device: cuda is asked for"),
+    ],
+)
+def test_what_a_user_can_get_wrong_is_one_line_and_status_2(toy_run, tmp_path, capsys, more, line):
+    machine = [] if "--device" in more else MACHINE
+    capsys.readouterr()
+    assert evaluate.main(["--dataset", str(toy_run), *FEW, "--output_dir", str(tmp_path), *machine, *more]) == 2
+    out, err = capsys.readouterr()
+    errors = [text for text in err.splitlines() if "error:" in text]
+    assert out == "" and len(errors) == 1 and line in errors[0] and "Traceback" not in err, err
+
+
+def test_classes_that_are_not_those_of_the_set_are_one_line(toy_run, tmp_path, capsys):
+    source = write_source(tmp_path / "toy", names=["red", "green", "violet"])
+    line = refused(capsys, "--dataset", toy_run, *FEW, "--source.path", source, "--output_dir", tmp_path / "out")
+    assert "source.path: toy has class 'violet' where the set has 'blue' (3 in the set)" in line
+
+
+def test_a_newer_format_and_a_set_without_soft_labels_are_one_line(lonely, toy_run, tmp_path, capsys):
+    facts = json.loads((lonely / "manifest.json").read_text())
+    source = ["--source.path", toy_run.parent.parent / "toy", "--output_dir", tmp_path / "out"]
+    files = {path: file for path, file in facts["files"].items() if not path.startswith("soft_labels/")}
+    (lonely / "manifest.json").write_text(json.dumps({**facts, "files": files}))
+    line = refused(capsys, "--dataset", lonely, *FEW, *source)
+    assert "evaluation.labels: stored, but toy carries no soft_labels and mse_ce needs soft labels" in line
+    (lonely / "manifest.json").write_text(json.dumps({**facts, "format_version": "99.0"}))
+    assert "the set is newer than this edc_hub: its format is 99.0" in refused(capsys, "--dataset", lonely)
+
+
+def test_a_place_without_a_finished_set_is_one_line(toy_run, tmp_path, capsys):
+    assert "no condensed set here, manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
+    (tmp_path / "run").mkdir()
+    shutil.copy(toy_run / "recipe.yaml", tmp_path / "run/recipe.yaml")
+    line = refused(capsys, "--dataset", tmp_path / "run")
+    assert line.startswith(f"dataset: no finished set in run {tmp_path / 'run'}; edc-hub condense ")
+
+
+def test_a_comparison_under_way_is_not_disturbed(toy_run, tmp_path, capsys):
+    with work.lock(tmp_path / "out"):
+        line = refused(capsys, "--dataset", toy_run, *FEW, "--output_dir", tmp_path / "out")
+    assert "is being written by process" in line
+
+
+def test_a_set_on_the_hub_that_cannot_be_reached_is_one_line(capsys):
+    line = refused(capsys, "--dataset", "nobody/nothing", "--revision", "v9.0.0")  # the tests are offline
+    assert line.startswith("nobody/nothing: neither a folder here nor a data set on the Hub at revision v9.0.0")
+
+
+class NoRevision(BaseHTTPRequestHandler):
+    """Answers as the Hub does where a repository has no such revision."""
+
+    def do_GET(self):
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RevisionNotFound")
+        self.send_header("X-Error-Message", "Invalid rev id: v9.0.0")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_revision_that_is_not_there_and_a_dead_endpoint_are_one_line():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), NoRevision)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    program = """if True:
+        import sys
+        from edc_hub import comparison, errors
+        try:
+            comparison.parse(["--dataset", "org/toy", "--revision", "v9.0.0"])
+        except errors.InputError as error:
+            print(" ".join(str(error).split()))"""
+    for port in (server.server_port, 9):
+        environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert done.stdout.startswith("org/toy: neither a folder here nor a data set on the Hub at revision v9.0.0")
+    server.shutdown()
