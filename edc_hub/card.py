@@ -1,66 +1,65 @@
 """The card of a condensed set and its picture: rendered from the manifest and the recipe, with no facts of its own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from . import codecs, documents, recipes, snippets, terms
+from .errors import InputError
 from .recipe import Evaluation
 from .tables import Written
 
 
-_HERE = Path(__file__).parent
-# in a wheel the template lies in the package, in a checkout beside it
-TEMPLATE = (_HERE / "_shipped" if (_HERE / "_shipped").is_dir() else _HERE.parent) / "cards/card.md.jinja"
+TEMPLATE = terms.CARDS / "card.md.jinja"
+MEASURED = ("results", "prefixes", "example")
+"""Places of a card between the marks `<!-- name -->` and `<!-- /name -->`, filled when students were trained."""
 
-MARKS = ("<!-- results -->", "<!-- /results -->")
-
-_EXAMPLE = """\
-import timm, torch
-from datasets import load_dataset
-from torch.nn.functional import cross_entropy, mse_loss
-
-ds = load_dataset("{repo}", "images", split="train").with_format("torch", ["image", "label", "soft_label"])
-mean, std = torch.tensor({mean}).view(3, 1, 1), torch.tensor({std}).view(3, 1, 1)
-net = timm.create_model("resnet18", num_classes={classes})
-{stem}optimizer = torch.optim.AdamW(net.parameters(), lr={lr}, weight_decay={weight_decay})
-for epoch in range({epochs}):
-    for batch in torch.utils.data.DataLoader(ds, {batch}, shuffle=True):
-        logits = net((batch["image"] / 255 - mean) / std)
-        loss = mse_loss(logits, batch["soft_label"]) + {ce_weight} * cross_entropy(logits, batch["label"])
-        optimizer.zero_grad(), loss.backward(), optimizer.step()"""
-_SMALL_STEM = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()\n"
-_REPLAY = """\
-from edc_hub import CondensedSet
-
-condensed = CondensedSet.load("{repo}")
-views, logits = condensed.views(epoch=0)  # the columns above, and float32 logits
-x = condensed.replay(epoch=0)  # the pixels the observers saw, float32 in [0, 1]"""
+_NOTHING = "Not measured yet."
+_BLOCKS = ("configs", "dataset_info")
 
 
-def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
-    """A student of the `images` configuration in ten lines of torch, by the protocol of the recipe."""
-    return _EXAMPLE.format(
-        repo=repo,
-        mean=manifest["images"]["mean"],
-        std=manifest["images"]["std"],
-        classes=len(manifest["classes"]),
-        stem=_SMALL_STEM if manifest["images"]["size"] <= 64 else "",
-        **evaluation.model_dump(include={"lr", "weight_decay", "epochs", "batch", "ce_weight"}),
-    )
-
-
-def render(manifest: dict[str, Any], evaluation: Evaluation, data: dict[str, Written], repo: str) -> str:
+def render(
+    manifest: dict[str, Any],
+    evaluation: Evaluation,
+    data: dict[str, Written],
+    repo: str,
+    *,
+    old: Path | None = None,
+) -> str:
     """The text of README.md.
 
-    Args: data: the tables of each configuration; repo: what a reader gives to `load_dataset`.
+    Args: data: the tables of each configuration; repo: what a reader gives to `load_dataset`; old:
+    a card that is replaced, if it is there.
     """
-    images, soft, source = manifest["images"], manifest["soft_labels"], manifest["source"]
-    count = images["count"]
+    blocks = _configurations(manifest, data)
+    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo)
+    return kept(text, old.read_text(encoding="utf-8")) if old and old.is_file() else text
+
+
+def again(folder: Path, repo: str, *, own: str = "") -> str:
+    """The text of README.md of a finished dataset folder, for `load_dataset(repo)`.
+
+    What was measured, and what a person added to the folder's card or to the card `own`, is in it again.
+    """
+    old = (folder / "README.md").read_text(encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
+    blocks = {name: value for name, value in DatasetCard(old).data.to_dict().items() if name in _BLOCKS}
+    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo)
+    for name in MEASURED:
+        text = filled(text, name, marked(old, name) or _NOTHING)
+    return kept(kept(text, old), own) if own else kept(text, old)
+
+
+def _rendered(metadata: DatasetCardData, manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
+    images, soft, source = manifest["images"], manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
     steps = {
         f"shuffle of {soft['shuffle']}x{soft['shuffle']} strips": soft["shuffle"],
         f"RandAugment ({soft['rand_augment']} operations of magnitude {soft['magnitude']})": soft["rand_augment"],
@@ -70,47 +69,110 @@ def render(manifest: dict[str, Any], evaluation: Evaluation, data: dict[str, Wri
     }
     control, name = manifest["control"], source["id"]
     condensed_by = f"condensed with the recipe `{manifest['method']}`"
+    if "origin" in manifest:
+        condensed_by = f"the images of {manifest['origin']['id']} labelled anew"
     origin = {None: condensed_by, "initial": "the initial images of a run", "random": "real images drawn at random"}
-    grid = "Each pair: the image it started from, and the condensed image" if control is None else "Some of the images"
-    return DatasetCard.from_template(
-        _metadata(manifest, data),
+    grid = "Each pair: the image it started from, and the condensed image"
+    grid = "Some of the images" if control or "origin" in manifest else grid
+    made = DatasetCard.from_template(
+        metadata,
         template_path=str(TEMPLATE),
         manifest=manifest,
         title=_title(manifest),
-        count=count,
+        count=images["count"],
         size=images["size"],
         soft=soft,
-        source_link=f"[{name}](https://huggingface.co/datasets/{name})" if source["commit"] else name,
+        likeness=manifest.get("likeness"),
+        source=source,
+        source_link=f"[{name}]({source['link']})" if source["link"] else name,
         origin=origin[control],
         grid_text=grid,
         bytes=amount,
+        configs=_sizes(manifest),
         image_bytes=_total(manifest, "images"),
         label_bytes=_total(manifest, "soft_labels"),
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
-        example=example(manifest, evaluation, repo),
-        replay=_REPLAY.format(repo=repo),
+        repo=repo,
+        example=snippets.example(manifest, evaluation, repo),
+        replay=snippets.replay(repo),
+        stream=snippets.stream(manifest, repo),
+        label_columns=codecs.described(soft, len(manifest["classes"])),
         steps=" → ".join(step for step, used in steps.items() if used),
-    ).content
+    )
+    return made.content.rstrip() + "\n"  # Jinja drops the last line's end
 
 
 def with_results(text: str, markdown: str) -> str:
     """The card `text` with `markdown` between the marks of its results; at its end where it has no marks."""
-    begin, end = MARKS
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        before, after = f"{text.rstrip()}\n\n## Results\n\n", "\n"
+    if marked(text, "results") is None:
+        text = f"{text.rstrip()}\n\n## Results\n\n<!-- results -->\n<!-- /results -->\n"
+    return filled(text, "results", markdown)
+
+
+def filled(text: str, name: str, markdown: str) -> str:
+    """The card `text` with `markdown` between the marks of one of MEASURED; as it is where it has no such marks."""
+    if marked(text, name) is None:
+        return text
+    before, begin, rest = text.partition(f"<!-- {name} -->")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
     return f"{before}{begin}\n{markdown.strip()}\n{end}{after}"
+
+
+def marked(text: str, name: str) -> str | None:
+    """What stands between two marks; None without marks."""
+    _, begin, rest = text.partition(f"<!-- {name} -->")
+    inside, end, _ = rest.partition(f"<!-- /{name} -->")
+    return inside.strip() if begin and end else None
+
+
+def kept(text: str, old: str) -> str:
+    """The card `text` with the sections, metadata keys and tags that a person added to the card `old`.
+
+    A section is a person's if its heading is none of the template's; it comes behind the section it stood behind. A
+    license in `old` stands where the source states none.
+    """
+    new = DatasetCard(text)
+    try:
+        theirs = DatasetCard(old, ignore_metadata_errors=True)
+    except yaml.YAMLError as error:
+        raise InputError("README.md: its metadata is broken YAML; correct it, between the lines of ---") from error
+    data, added = new.data.to_dict(), theirs.data.to_dict()
+    if data["license"] == "unknown" and added.get("license"):
+        data["license"] = added["license"]
+    data["tags"] = list(dict.fromkeys([*data["tags"], *(added.get("tags") or [])]))
+    data |= {name: value for name, value in added.items() if name not in data}
+    sections, known = _sections(new.text), set(_sections(TEMPLATE.read_text(encoding="utf-8")))
+    names, last = list(sections), ""
+    for name, content in _sections(theirs.text).items():
+        if name not in known and name not in sections:
+            sections[name] = content
+            names.insert(names.index(last) + 1, name)
+        last = name if name in sections else last
+    new.data = DatasetCardData(**data)
+    new.text = "\n".join(sections[name].strip("\n") + "\n" for name in names)
+    return new.content
+
+
+def _sections(text: str) -> dict[str, str]:
+    """The parts of a Markdown text by their `## ` headings, heading included; what stands before the first by ''."""
+    parts: dict[str, str] = {"": ""}
+    name, fenced = "", False
+    for line in text.splitlines(keepends=True):
+        fenced ^= line.startswith("```")
+        if line.startswith("## ") and not fenced:
+            name = line.strip()
+        parts[name] = parts.get(name, "") + line
+    return parts
 
 
 def _title(manifest: dict[str, Any]) -> str:
     kind = {None: "condensed", "initial": "initial images", "random": "random images"}[manifest["control"]]
+    kind = "relabelled" if "origin" in manifest else kind
     return f"{manifest['name']}, {kind}, {manifest['ipc']} images per class"
 
 
-def _metadata(manifest: dict[str, Any], data: dict[str, Written]) -> DatasetCardData:
-    count, source = manifest["images"]["count"], manifest["source"]
-    bounds = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+def _configurations(manifest: dict[str, Any], data: dict[str, Written]) -> dict[str, Any]:
+    """The blocks `configs` and `dataset_info` of the metadata."""
     configs, infos = [], []
     for config, written in data.items():
         files = {path: file for path, file in manifest["files"].items() if path.startswith(f"{config}/")}
@@ -124,18 +186,27 @@ def _metadata(manifest: dict[str, Any], data: dict[str, Written]) -> DatasetCard
             }
         )
         rows = sum(file["rows"] for file in files.values())
+        split = {"name": "train", "num_bytes": written.memory, "num_examples": rows}
         infos.append(
             {
                 "config_name": config,
                 "features": written.features._to_yaml_list(),
-                "splits": [{"name": "train", "num_bytes": written.memory, "num_examples": rows}],
+                **({"splits": [split]} if config == "images" else {}),  # whoever filters label epochs has fewer rows
                 "download_size": sum(file["bytes"] for file in files.values()),
                 "dataset_size": written.memory,
             }
         )
+    return dict(zip(_BLOCKS, (configs, infos), strict=True))
+
+
+def _metadata(manifest: dict[str, Any], blocks: dict[str, Any]) -> DatasetCardData:
+    count, source = manifest["images"]["count"], terms.UNKNOWN | manifest["source"]
+    bounds = {1_000: "n<1K", 10_000: "1K<n<10K", 100_000: "10K<n<100K", 1_000_000: "100K<n<1M"}
+    named = {name: source[name] for name in ("license_name", "license_link") if source[name]}
     return DatasetCardData(
         pretty_name=_title(manifest),
-        license="other",
+        license=source["license"],
+        **named,
         task_categories=["image-classification"],
         tags=[
             "dataset-distillation",
@@ -149,9 +220,17 @@ def _metadata(manifest: dict[str, Any], data: dict[str, Written]) -> DatasetCard
         size_categories=[next((name for bound, name in bounds.items() if count < bound), "1M<n<10M")],
         source_datasets=[f"extended|{source['id']}" if source["commit"] else "extended"],
         annotations_creators=["machine-generated"],
-        configs=configs,
-        dataset_info=infos,
+        **blocks,
     )
+
+
+def _sizes(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    for config in manifest["configs"]:
+        files = [file for path, file in manifest["files"].items() if path.startswith(f"{config}/")]
+        rows = sum(file["rows"] for file in files)
+        found.append({"name": config, "rows": rows, "files": len(files), "bytes": _total(manifest, config)})
+    return found
 
 
 def _total(manifest: dict[str, Any], config: str) -> int:

@@ -39,6 +39,8 @@ class Pictures(NamedTuple):
     images: "Tensor"  # uint8 (N, 3, s, s)
     initial: "Initial"
     control: str | None
+    origin: dict | None = None  # of images that were not made here
+    epochs: int | None = None  # label epochs of a control: those of its set
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,20 +62,29 @@ def command(argv: list[str]) -> None:
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+    if recipe.hub.push and launch.is_first():
+        from . import hub
+
+        hub.may_write(recipe.hub.id)  # before hours of work
     with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
         dataset = condense(recipe, folder, session)
         if session.state.is_main_process:
             print(dataset)
+    if recipe.hub.push and launch.is_first():
+        from . import publish
+
+        publish.push(dataset, recipe.hub.id, tag=recipe.hub.tag, private=recipe.hub.private)
 
 
 def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
     """Does the whole job on every process of the group; returns the dataset folder."""
-    from . import initialize, moments, observers, source, synthesize, work
+    from . import initialize, labels, moments, observers, source, synthesize, work
 
     clock = Clock(session)
     with clock("source"):
         real = source.load(recipe.source)
         initialize.check(recipe, real)
+        labels.check(recipe, len(real.names))
         real.preload()
     if session.state.is_main_process:
         work.sweep(launch.artifacts(recipe))
@@ -99,19 +110,24 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
 
 
 def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) -> Iterator[Pictures]:
-    """What synthesis is held against: the images it started from, and draws of random real images."""
+    """What synthesis is held against: the images it started from, and draws of random real images.
+
+    They are labelled for as many epochs as the set, which is written before the first is asked for.
+    """
     import torch
 
-    from . import initialize, work
+    from . import condensed, initialize, work
 
-    yield Pictures("control initial", folder / "controls" / "initial", initial.images, initial, "initial")
+    epochs = condensed.CondensedSet.load(folder / "dataset").epochs
+    place = folder / "controls" / "initial"
+    yield Pictures("control initial", place, initial.images, initial, "initial", epochs=epochs)
     generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
     draws = [initialize.random_rows(real, recipe.ipc, generator) for generator in generators]
     real.keep(torch.cat(draws))  # a stream is read once for all of them
     for draw, rows in enumerate(draws):
         start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
         place = folder / "controls" / "random" / str(draw)
-        yield Pictures(f"control random {draw}", place, start.images, start, "random")
+        yield Pictures(f"control random {draw}", place, start.images, start, "random", epochs=epochs)
 
 
 def label_and_write(
@@ -121,7 +137,7 @@ def label_and_write(
     from . import condensed, labels
 
     files = condensed.encode(pictures.images, recipe.images)
-    soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label)
+    soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
     if session.state.is_main_process:
         wrote = condensed.write(
@@ -133,6 +149,7 @@ def label_and_write(
             labels=soft,
             observers=watching,
             control=pictures.control,
+            origin=pictures.origin,
         )
     session.wait()
     return wrote

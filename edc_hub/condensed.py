@@ -18,16 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, card, documents, manifest, recipes, tables, views, work
+from . import __version__, card, codecs, documents, hub, likeness, manifest, recipes, tables, terms, views, work
 from .errors import InputError
 from .labels import Labels
 from .manifest import FORMAT_VERSION
-from .recipe import Images, Recipe
+from .recipe import Images, Recipe, Relabel
 from .views import ViewTable
 
 
@@ -37,7 +35,7 @@ if TYPE_CHECKING:
     from .source import RealSet
 
 
-VERSION = 1  # of how a folder is made from its inputs; raised when equal inputs would give other files
+VERSION = 2  # of how a folder is made from its inputs; raised when equal inputs would give other files
 
 
 def encode(images: Tensor, section: Images) -> list[bytes]:
@@ -77,15 +75,20 @@ def write(
     labels: Labels,
     observers: "Observers",
     control: str | None = None,
+    origin: dict[str, Any] | None = None,
 ) -> bool:
     """Writes the dataset folder, or leaves it alone if it holds this very set. Returns whether it wrote.
 
     Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
-    observers: those of the run, for their facts; control: `initial` or `random` for a control set.
+    observers: those of the run, for their facts; control: `initial` or `random` for a control set; origin: where
+    images come from that were not made here.
     Errors: InputError where the disk refuses.
     """
     published = recipes.published(recipe)
-    known = manifest.facts(recipe, files, real, observers, control, published)
+    known = manifest.facts(recipe, files, real, labels, observers, control, published)
+    if origin:
+        known["origin"] = origin
+    made_here = control is None and origin is None
     known["fingerprint"] = work.fingerprint(
         "dataset",
         VERSION,
@@ -100,20 +103,26 @@ def write(
         return False
     part = work.temporary(folder)
     try:
-        rows = {
-            "images": tables.image_rows(files, initial.source_rows, labels.mean, real.names),
-            "soft_labels": tables.label_rows(labels),
-        }
+        rows = {"images": tables.image_rows(files, initial.source_rows, labels.mean, real.names)}
+        if labels.epochs:
+            rows["soft_labels"] = tables.label_rows(labels, recipe.relabel)
+        if labels.full:
+            rows["soft_labels_full"] = tables.label_rows(labels.full, Relabel())  # dense
         with work.disk_errors(part):
             data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
         _write_text(part / "recipe.yaml", published)
-        shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=control is None)
+        shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=made_here)
         pictures = [decode(files[row] for row in shown.tolist())]
-        pictures = pictures if control else [initial.images[shown], *pictures]
+        pictures = [initial.images[shown], *pictures] if made_here else pictures
         work.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
+        known["source"] |= terms.of(real.id, recipe.source.path, real.commit)
+        if made_here:
+            whole = recipe.initialize.kind != "rded"  # which cuts crops, though there may be one an image
+            known["likeness"] = likeness.facts(files, decode, initial.source_rows, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        _write_text(part / "README.md", card.render(facts, recipe.evaluation, data, folder.name))
+        text = card.render(facts, recipe.evaluation, data, folder.name, old=folder / "README.md")
+        _write_text(part / "README.md", text)
         _replace(part, folder)
         return True
     finally:
@@ -158,8 +167,8 @@ class CondensedSet:
         if Path(place).is_dir():
             folder, fetch = Path(place), lambda _: Path(place)
         else:
-            folder = _download(place, revision, "manifest.json")
-            fetch = partial(_download, place, folder.name)  # named by its commit: the rest comes from the same one
+            folder = hub.fetch(place, revision, "manifest.json")
+            fetch = partial(hub.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
         path = folder / "manifest.json"
         if not path.is_file():
             inside = Path(place) / "dataset"
@@ -194,7 +203,7 @@ class CondensedSet:
 
     @property
     def epochs(self) -> int:
-        """Label epochs."""
+        """Label epochs that are stored."""
         return self.manifest["soft_labels"]["epochs"]
 
     @cached_property
@@ -234,7 +243,7 @@ class CondensedSet:
     def sizes(self) -> dict[str, int]:
         """Bytes of the `images` files, and of the `soft_labels` files what labels take and what the `views` do."""
         images, soft = self._files("images"), self._files("soft_labels")
-        labels, total = tables.column_bytes(soft, "soft_label")
+        labels, total = tables.column_bytes(soft, codecs.COLUMNS)
         return {"images": sum(map(os.path.getsize, images)), "labels": labels, "views": total - labels}
 
     @cached_property
@@ -257,30 +266,33 @@ class CondensedSet:
 
         Errors: InputError for an epoch that the set does not have.
         """
+        if not self.epochs:
+            raise InputError("epoch: the set stores no labelled views; its observers label views while students train")
         if not 0 <= epoch < self.epochs:
             raise InputError(f"epoch: {epoch} is not in the set; give 0 to {self.epochs - 1}")
         table, soft = self.labelled(epoch, epoch + 1)
         return table, soft.float()
 
     def labelled(self, start: int, stop: int) -> tuple[ViewTable, Tensor]:
-        """The views of the label epochs `start` to `stop - 1`, one epoch after the other, and labels as stored."""
+        """The views of label epochs `start` to `stop - 1`, one after the other, and mean logits float16 (rows, C)."""
         epoch = pyarrow.dataset.field("epoch")
         table = self._labelled.to_table(filter=(epoch >= start) & (epoch < stop))
         columns = {name: tables.tensor(table[name]) for name in table.column_names}
-        return columns, columns.pop("soft_label")
+        soft = codecs.decode(columns, len(self.names))
+        return {name: columns[name] for name in views.columns(columns)}, soft
 
     def replay(self, epoch: int) -> Tensor:
         """The pixels of one label epoch's views as the observers saw them, float32 (N, 3, v, v) in [0, 1]."""
         table, _ = self.views(epoch)
         return views.apply(self.images, table, self.manifest["soft_labels"]["view_size"])
 
+    def push(self, repo_id: str, *, tag: str | None = None, private: bool = False) -> str:
+        """Publishes the set on the Hub as `repo_id`, in one commit with one tag; returns the tag.
 
-def _download(repo_id: str, revision: str | None, pattern: str) -> Path:
-    try:
-        return Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, allow_patterns=pattern))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        at = f" at revision {revision}" if revision else ""
-        raise InputError(
-            f"{repo_id}: neither a folder here nor a data set on the Hub{at} that can be reached ({error}); give the "
-            "dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
-        ) from error
+        Args: tag: v1.0.0; by the rules of versions when not given; private: where the repository is made.
+        Errors: InputError where the Hub refuses, and for a tag that holds other content.
+        """
+        from . import publish
+
+        folder = self._fetch("*")  # all of it, where it came from the Hub
+        return publish.push(folder, repo_id, tag=tag, private=private)[1].tag

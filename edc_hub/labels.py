@@ -5,9 +5,11 @@ encoded and decoded, so that a reader of the set sees what the observers saw.
 """
 
 import hashlib
-from collections.abc import Iterator
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import views, work
+from . import codecs, tables, views, work
+from .errors import InputError
 from .recipe import Recipe, Relabel, selected
 from .views import ViewTable
 from .work import Progress, Session, Store, Unit
@@ -35,6 +38,7 @@ class Labels:
 
     store: Store
     units: list[Unit]  # the images themselves, then the label epochs
+    full: "Labels | None" = None  # the same with all label epochs, where those are published beside these
 
     @property
     def epochs(self) -> int:
@@ -54,21 +58,45 @@ class Labels:
     @property
     def fingerprint(self) -> str:
         """Of everything that the labels are made from."""
-        return work.fingerprint("labels", VERSION, units=[unit.fingerprint for unit in self.units])
+        units = (self.full or self).units
+        return work.fingerprint("labels", VERSION, units=[unit.fingerprint for unit in units])
+
+    def first(self, epochs: int) -> "Labels":
+        """These labels with their first `epochs` label epochs alone."""
+        return Labels(self.store, self.units[: 1 + epochs])
 
 
-def obtain(recipe: Recipe, images: Tensor, observers: "Observers", session: Session, label: str = "labels") -> Labels:
-    """Labels `recipe.relabel.epochs` views of each image, and each image itself.
+def check(recipe: Recipe, classes: int) -> None:
+    """Raises InputError where `relabel` does not go with the number of classes."""
+    section = recipe.relabel
+    if section.codec == "top_k" and section.top_k > classes:
+        raise InputError(
+            f"relabel.top_k: {section.top_k}, but the source has {classes} classes; write at most {classes}"
+        )
+
+
+def obtain(
+    recipe: Recipe,
+    images: Tensor,
+    observers: "Observers",
+    session: Session,
+    label: str = "labels",
+    *,
+    epochs: int | None = None,
+) -> Labels:
+    """Labels views of each image, and each image itself.
 
     Args: images uint8 (N, 3, s, s) on the CPU, as decoded from the published files; observers: networks by name and
-    epoch; label: what the progress bar calls this set. Sets that differ in their images alone get the same views.
+    epoch; label: what the progress bar calls this set; epochs: label epochs to make and to keep, for a control those
+    of its set; when not given, what `recipe.relabel` asks for.
+    Sets that differ in their images alone get the same views.
     """
     section = recipe.relabel
     chosen = selected(recipe, section.observers)
     inputs = {
         "images": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
         "shape": list(images.shape),
-        "relabel": section.model_dump(exclude={"observers", "epochs", "controls", "random_draws"}),
+        "relabel": section.model_dump(exclude={"observers", "epochs", "controls", "random_draws", *codecs.KEYS}),
         "observers": [observers.fingerprint(name, epoch) for name, epoch in chosen],
         "views": views.VERSION,
         "seed": recipe.seed,
@@ -76,6 +104,7 @@ def obtain(recipe: Recipe, images: Tensor, observers: "Observers", session: Sess
     }
     names = ["mean", *(f"epoch{number:05d}" for number in range(section.epochs))]
     units = [Unit(STAGE, name, work.fingerprint(STAGE, VERSION, unit=name, **inputs)) for name in names]
+    whole = Labels(session.store, units)
 
     @cache  # only where a unit is missing, and once
     def ready() -> tuple[Tensor, list]:
@@ -87,8 +116,44 @@ def obtain(recipe: Recipe, images: Tensor, observers: "Observers", session: Sess
             return {"soft_label": _images_themselves(stored, networks, section, session)}, {}
         return _label_epoch(stored, networks, section, int(unit.name[5:]), generator, session), {}
 
-    work.run(units, make, session, seed=recipe.seed, label=label)
-    return Labels(session.store, units)
+    def labelled(count: int) -> Labels:
+        found = whole.first(count)
+        work.run(found.units, make, session, seed=recipe.seed, label=label)
+        return found
+
+    if epochs is not None:
+        return labelled(epochs)
+    if section.codec == "observers":
+        return labelled(0)
+    kept = _kept(section, len(images), labelled, session)
+    return replace(labelled(kept), full=labelled(section.epochs) if section.full else None)
+
+
+def _kept(section: Relabel, count: int, labelled: Callable[[int], Labels], session: Session) -> int:
+    """How many label epochs of `count` images fit `relabel.budget`, by the bytes of their file; at least one."""
+    if section.budget is None:
+        return section.epochs
+    budget, group = section.budget * 1e6, tables.epochs_a_group(count)
+    first, second = min(group, section.epochs), min(2 * group, section.epochs)
+    found = labelled(first)
+
+    def size(epochs: int) -> int:
+        return tables.file_bytes(tables.label_rows(found.first(epochs), section))
+
+    if (least := size(first)) > budget:
+        kept = max(1, bisect_right(range(1, first), budget, key=size))
+    elif first == section.epochs:
+        kept = first
+    else:
+        found = labelled(second)
+        one = (size(second) - least) / (second - first)  # without what a file has once
+        kept = min(section.epochs, first + int((budget - least) / one))
+        found = labelled(kept)
+        while kept > first and (over := size(kept) - budget) > 0:
+            kept = max(first, kept - math.ceil(over / one))
+    one_takes = f"; one takes {size(1) / 1e6:.3g}" if kept == 1 else ""
+    session.report(f"relabel.budget: {section.budget:g} MB keep {kept} of {section.epochs} label epochs{one_takes}")
+    return kept
 
 
 def _label_epoch(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from . import __version__, randaugment, views
+from . import __version__, codecs, randaugment, views
 from .recipe import Recipe, selected
 from .tables import Written
 
 
 if TYPE_CHECKING:
+    from .labels import Labels
     from .observers import Observers
     from .source import RealSet
 
@@ -24,13 +25,19 @@ _LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accel
 
 
 def facts(
-    recipe: Recipe, files: list[bytes], real: "RealSet", observers: "Observers", control: str | None, published: str
+    recipe: Recipe,
+    files: list[bytes],
+    real: "RealSet",
+    labels: "Labels",
+    observers: "Observers",
+    control: str | None,
+    published: str,
 ) -> dict[str, Any]:
     """The manifest without what is known only of written files. Nothing in it varies from run to run."""
     section, source = recipe.relabel, recipe.source
     with Image.open(io.BytesIO(files[0])) as first:
         kind, size = first.format.lower(), first.size[0]
-    soft = section.model_dump(exclude={"observers", "controls", "random_draws"})
+    soft = section.model_dump(exclude={"observers", "controls", "random_draws", *codecs.KEYS})
     return {
         "format_version": FORMAT_VERSION,
         "name": recipe.name,
@@ -52,8 +59,10 @@ def facts(
             for (name, epoch), roles in _roles(recipe, control).items()
         ],
         "soft_labels": {
-            "codec": "dense_float16",
+            **codecs.facts(section),
             **soft,
+            "epochs": labels.epochs,
+            **({"full_epochs": labels.full.epochs} if labels.full else {}),
             "view_size": section.view_size or size,
             "view_version": views.VERSION,
             "randaugment": randaugment.table() if section.rand_augment else None,

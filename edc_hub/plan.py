@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import condensed, initialize, launch, matching, observers, rded, source, synthesize, views, work
+from . import codecs, condensed, initialize, labels, launch, matching, observers, rded, source, synthesize, views, work
 from .moments import Targets
 from .recipe import Recipe, selected
 from .source import RealSet
@@ -27,6 +27,7 @@ def dry_run(recipe: Recipe) -> None:
     with TemporaryDirectory() as nothing, launch.session(recipe, Path(nothing)) as session:
         real = source.load(recipe.source)
         initialize.check(recipe, real)
+        labels.check(recipe, len(real.names))
         seconds = _seconds(recipe, real, session)
         if session.state.is_main_process:
             _print(recipe, real, seconds, session)
@@ -72,13 +73,15 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
 
     table = views.sample(recipe.relabel, torch.arange(size), real.size, generator)
     viewed = clock(views.apply, images, table, recipe.relabel.view_size or real.size) / size
-    sets = 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
+    labelled = _label_epochs(recipe, total, classes) * _sets(recipe)
+    if recipe.relabel.full:
+        labelled += recipe.relabel.epochs - _label_epochs(recipe, total, classes)
     return {
         "observers": trained / max(1, min(processes, len(training))),
         "moments": measured * count / processes,
         "initialize": looks(start.observers) * scored.get(start.kind, 0) / processes,
         "synthesize": each * section.iterations * busiest,
-        "relabel": (looks(recipe.relabel.observers) + viewed) * recipe.relabel.epochs * total * sets / processes,
+        "relabel": (looks(recipe.relabel.observers) + viewed) * labelled * total / processes,
     }
 
 
@@ -131,9 +134,9 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
     classes, total = len(real.names), len(real.names) * recipe.ipc
     sample = real.images(real.rows()[: min(32, len(real.rows()))])
     image_bytes = sum(map(len, condensed.encode(sample, recipe.images))) / len(sample) * total + total * classes * 2
-    view = views.sample(recipe.relabel, torch.arange(2), real.size, torch.Generator())
-    row = sum(column[0].numel() * column.element_size() for column in view.values())
-    label_bytes = total * recipe.relabel.epochs * (row + 2 * classes)
+    epochs, everything = _label_epochs(recipe, total, classes), recipe.relabel.epochs
+    label_bytes = total * epochs * (_view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes))
+    full_bytes = total * everything * (_view_bytes(recipe) + 2 * classes) if recipe.relabel.full else 0
     print(f"{real.id}: {classes} classes, {len(real.rows())} training images at {real.size} px")
     processes, device = session.state.num_processes, session.device
     print(f"run folder: {launch.run_folder(recipe)}   processes: {processes}   device: {device}")
@@ -142,11 +145,33 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
         print(f"{stage:<14}{_human(value):>12}")
     print(f"{'total':<14}{_human(sum(seconds.values())):>12}")
     print(f"\n{'images':<14}{total:>12} images{image_bytes / 2**20:>12.1f} MiB")
-    views_made = total * recipe.relabel.epochs
-    print(f"{'soft_labels':<14}{views_made:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
-    sets = 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
-    whole = sets * (image_bytes + 2 * label_bytes)  # labels lie in artifacts/views too
+    print(f"{'soft_labels':<14}{total * epochs:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
+    if full_bytes:
+        print(f"{'  full':<14}{total * everything:>12} rows  {full_bytes / 2**20:>12.1f} MiB uncompressed")
+    sets = _sets(recipe)
+    made = total * epochs * (_view_bytes(recipe) + 2 * classes)  # labels lie in artifacts/views too, dense
+    whole = sets * (image_bytes + label_bytes + made) + full_bytes + max(0, full_bytes - made)
     print(f"{'disk':<14}{sets:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
+
+
+def _sets(recipe: Recipe) -> int:
+    """The set and its controls."""
+    return 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
+
+
+def _view_bytes(recipe: Recipe) -> int:
+    """Bytes of the columns of one view, without its labels."""
+    table = views.sample(recipe.relabel, torch.arange(2), recipe.source.size, torch.Generator())
+    return sum(column[0].numel() * column.element_size() for column in table.values())
+
+
+def _label_epochs(recipe: Recipe, total: int, classes: int) -> int:
+    """Label epochs of `total` images that fit the budget, by uncompressed bytes."""
+    section = recipe.relabel
+    if section.codec == "observers":
+        return 0
+    one = total * (_view_bytes(recipe) + codecs.row_bytes(section, classes))
+    return section.epochs if section.budget is None else min(section.epochs, max(1, int(section.budget * 1e6 / one)))
 
 
 def _human(seconds: float) -> str:

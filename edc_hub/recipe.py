@@ -172,6 +172,18 @@ class Relabel(ViewSettings):
     epochs: Numbered = Field(1000, description="label epochs: views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
     observer_mode: Literal["running", "batch"] = Field("running", description="statistics that BatchNorm uses")
+    codec: Literal["dense", "int8", "top_k", "observers"] = Field(
+        "dense",
+        description="label columns: float16 | int8, a scale a row | largest logits, the rest by their mean | none",
+    )
+    top_k: Numbered = Field(10, description="logits that codec top_k keeps of each view")
+    budget: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="megabytes (10^6) of the soft_labels files, views counted; label epochs are left out to fit it",
+    )
+    full: bool = Field(
+        False, description="all label epochs, dense, as configuration soft_labels_full beside soft_labels"
+    )
     controls: bool = Field(True, description="label the initial images and random real images too")
     random_draws: Positive = Field(3, description="draws of random real images")
 
@@ -181,6 +193,15 @@ class Images(Section):
 
     format: Literal["png", "jpeg", "webp"] = Field("png", description="encoding above 64 px; below it always png")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="quality of jpeg and webp")
+
+
+class Hub(Section):
+    """Publishing the finished set."""
+
+    push: bool = Field(False, description="publish the set once it is finished")
+    id: str | None = Field(None, description="ORG/NAME of the data set on the Hub")
+    tag: str | None = Field(None, description="v1.0.0; by the rules when not given: schema, data, card or results")
+    private: bool = Field(False, description="where the repository is made, only its owner sees it")
 
 
 class Recipe(Section):
@@ -205,6 +226,7 @@ class Recipe(Section):
     relabel: Relabel = Field(Relabel(), description="soft labels")
     images: Images = Field(Images(), description="encoding of the images")
     evaluation: Evaluation = Field(Evaluation(), description="protocol of the students that edc-hub evaluate trains")
+    hub: Hub = Field(Hub(), description="publishing")
 
 
 def snapshots(network: Network) -> list[int]:

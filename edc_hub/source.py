@@ -24,7 +24,7 @@ from .pixels import View
 from .realset import RealSet, Stored, Stream
 
 
-__all__ = ["RealSet", "View", "check_ipc", "load"]
+__all__ = ["Opened", "RealSet", "View", "check_ipc", "load"]
 
 VERSION = 1  # of what a fingerprint stands for: decoding, squaring, the draw of the holdout
 
@@ -39,7 +39,7 @@ def load(section: recipe.Source, split: Literal["train", "holdout", "test"] = "t
     """
     if split == "holdout" and section.holdout == 0:
         raise InputError("source.holdout: 0 keeps no image back; give a fraction such as 0.1")
-    opened = _Opened(section)
+    opened = Opened(section)
     name = section.test_split if split == "test" else section.train_split
     dataset = opened.split(name)
     image, label = _columns(section, dataset.features)
@@ -107,7 +107,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return mask
 
 
-class _Opened:
+class Opened:
     """A set whose files are known: a Hub id, a local folder, or the digits."""
 
     def __init__(self, section: recipe.Source):

@@ -4,9 +4,9 @@ Equal tables give equal bytes: the writer's options are fixed here and nothing o
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,12 @@ import torch
 from datasets import ClassLabel, Features, Image, List, Value
 from torch import Tensor
 
-from .labels import Labels
+from . import codecs
+from .recipe import Relabel
+
+
+if TYPE_CHECKING:
+    from .labels import Labels
 
 
 SHARD_BYTES = 500_000_000
@@ -58,14 +63,19 @@ def image_rows(files: list[bytes], source_rows: Tensor, soft: Tensor, names: lis
         yield features, columns
 
 
-def label_rows(labels: Labels) -> Iterator[tuple]:
-    """Row groups of `soft_labels` with their features: a label epoch each, or as many as make ROWS rows."""
-    step = max(1, ROWS // len(labels.mean))
+def epochs_a_group(count: int) -> int:
+    """Label epochs of `count` images that a row group holds: one, or as many as make ROWS rows."""
+    return max(1, ROWS // count)
+
+
+def label_rows(labels: "Labels", section: Relabel) -> Iterator[tuple]:
+    """Row groups of `soft_labels` with their features, the labels as `relabel.codec` stores them."""
+    step = epochs_a_group(len(labels.mean))
     for start in range(0, labels.epochs, step):
         parts = []
         for epoch in range(start, min(start + step, labels.epochs)):
             table, soft = labels.epoch(epoch)
-            parts.append({**table, "soft_label": soft})
+            parts.append({**table, **codecs.encode(soft, section)})
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         features = Features({name: _feature(column) for name, column in columns.items()})
         yield features, {name: _array(column) for name, column in columns.items()}
@@ -91,7 +101,7 @@ def write(folder: Path, groups: Iterator[tuple[Features, dict[str, pa.Array]]]) 
             if writer is not None:
                 writer.close()
             # the number of shards is known at the end, and only then the names
-            writer = pq.ParquetWriter(folder / str(len(rows)), table.schema, compression="zstd", write_page_index=True)
+            writer = _writer(folder / str(len(rows)), table.schema)
             rows.append(0)
             filled = 0
         writer.write_table(table, row_group_size=len(table))
@@ -105,6 +115,35 @@ def write(folder: Path, groups: Iterator[tuple[Features, dict[str, pa.Array]]]) 
     return Written(features, memory, dict(zip(names, rows, strict=True)))
 
 
+def _writer(where: Path | pa.NativeFile, schema: pa.Schema) -> pq.ParquetWriter:
+    # logits hardly repeat: with a dictionary they take two fifths more
+    repeated = [path for field in schema for path, kind in _leaves(field) if not pa.types.is_float16(kind)]
+    return pq.ParquetWriter(where, schema, compression="zstd", write_page_index=True, use_dictionary=repeated)
+
+
+def _leaves(field: pa.Field, above: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """Path in the file and type of what a column consists of."""
+    path, kind = above + field.name, field.type
+    if pa.types.is_struct(kind):
+        for inner in kind:
+            yield from _leaves(inner, f"{path}.")
+    elif pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        yield f"{path}.list.element", kind.value_type
+    else:
+        yield path, kind
+
+
+def file_bytes(groups: Iterator[tuple[Features, dict[str, pa.Array]]]) -> int:
+    """Bytes of one file of these row groups; none is kept."""
+    writer, sink = None, pa.MockOutputStream()
+    for features, columns in groups:
+        table = pa.table(columns, schema=features.arrow_schema)
+        writer = writer or _writer(sink, table.schema)
+        writer.write_table(table, row_group_size=len(table))
+    writer.close()
+    return sink.size()
+
+
 def tensor(column: pa.ChunkedArray) -> Tensor:
     """A column of numbers, or of lists of one length, as a tensor."""
     array = column.combine_chunks()
@@ -114,12 +153,13 @@ def tensor(column: pa.ChunkedArray) -> Tensor:
     return torch.from_numpy(array.to_numpy(zero_copy_only=False).copy())
 
 
-def column_bytes(files: list[str], column: str) -> tuple[int, int]:
-    """Compressed bytes of one column in parquet files, and the files' size."""
+def column_bytes(files: list[str], columns: Collection[str]) -> tuple[int, int]:
+    """Compressed bytes of some columns in parquet files, and the files' size."""
     found = 0
     for file in files:
         facts = pq.read_metadata(file)
         for group in map(facts.row_group, range(facts.num_row_groups)):
             chunks = map(group.column, range(group.num_columns))
-            found += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema.startswith(column))
+            named = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+            found += sum(chunk.total_compressed_size for chunk in named)
     return found, sum(map(os.path.getsize, files))

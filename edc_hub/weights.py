@@ -18,6 +18,7 @@ from .errors import InputError
 from .networks import Network
 
 
+OURS = "edc_hub.json"  # in what `observer_repo` wrote: model.safetensors is the state of our module
 FILES = ("model.safetensors", "pytorch_model.bin")
 FILE_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "weights")
@@ -36,7 +37,8 @@ def find(arch: str, weights: str) -> Weights:
     """Finds what the key `weights` of an observer names. Reads no tensors; asks the Hub for the commit at most.
 
     `torchvision/IMAGENET1K_V1` is a member of torchvision's enum for the architecture, `org/name` or
-    `org/name@revision` a Hub id, anything else a file or folder. Raises InputError where there is nothing.
+    `org/name@revision` a Hub id, `org/name/folder/x.safetensors@revision` a file of it, anything else a file or
+    folder. Raises InputError where there is nothing.
     """
     if weights.startswith("torchvision/"):
         return _torchvision(arch.removeprefix("torchvision/"), weights)
@@ -45,6 +47,8 @@ def find(arch: str, weights: str) -> Weights:
         return _folder(arch, path)
     if path.is_file():
         return Weights(sha256(path), path.name, lambda: _read(path))
+    if single := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/([\w./-]+\.safetensors)(?:@([\w./-]+))?", weights):
+        return _hub_file(single[1], single[2], single[3])
     if path.suffix in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", weights):
         raise InputError(f"weights: no file {weights}; give a Hub id (org/name), a .safetensors or a .pth file")
     return _hub(arch, weights)
@@ -75,6 +79,8 @@ def _torchvision(name: str, weights: str) -> Weights:
 def _folder(arch: str, folder: Path) -> Weights:
     parts = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
     identity = hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in parts).encode()).hexdigest()
+    if (folder / OURS).is_file():
+        return Weights(identity, folder.name, lambda: _read(folder / FILES[0]))
     if arch.startswith("transformers/"):
         return Weights(identity, folder.name, lambda: _transformers(str(folder)))
     if arch.startswith("timm/") and (folder / "config.json").exists():
@@ -88,14 +94,22 @@ def _folder(arch: str, folder: Path) -> Weights:
 def _hub(arch: str, weights: str) -> Weights:
     repo, _, revision = weights.partition("@")
     library = arch.partition("/")[0] if arch.startswith(("transformers/", "timm/")) else None
-    file = _fetch(repo, revision or None, ("config.json",) if library else FILES)
+    file = _fetch(repo, revision or None, (OURS, "config.json") if library else FILES)
     commit = file.parent.name  # …/snapshots/<commit>/<file>
+    if file.name == OURS:
+        return _hub_file(repo, FILES[0], commit)
     read = {
         "transformers": lambda: _transformers(repo, revision=commit),
         "timm": lambda: _timm(f"hf-hub:{repo}@{commit}"),
         None: lambda: _read(file),
     }[library]
     return Weights(f"{repo}@{commit}", f"{repo}@{commit}", read)
+
+
+def _hub_file(repo: str, name: str, revision: str | None) -> Weights:
+    file = _fetch(repo, revision, (name,))
+    commit = file.parents[name.count("/")].name
+    return Weights(f"{repo}/{name}@{commit}", f"{repo}/{name}@{commit}", lambda: _read(file))
 
 
 def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:

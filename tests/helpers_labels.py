@@ -72,11 +72,13 @@ def recipe(ipc: int = 2, **sections) -> Recipe:
 def real(classes: int) -> SimpleNamespace:
     """What the writer of a set asks of the real set."""
     names = [f"class {i}" for i in range(classes)]
-    return SimpleNamespace(names=names, id="toys/blocks", commit="c0ffee" * 6 + "0000", fingerprint="f" * 16)
+    known = {"id": "toys/blocks", "commit": "c0ffee" * 6 + "0000", "fingerprint": "f" * 16}
+    return SimpleNamespace(names=names, images=lambda rows: SOURCE[rows], **known)
 
 
 CLASSES, IPC = 5, 2
 COUNT = CLASSES * IPC
+SOURCE = noise(120, 16, seed=9)  # the images of `real`
 
 
 RELABEL = {"epochs": 2, "batch": 4, "rand_augment": 2, "shuffle": 2}
@@ -90,12 +92,14 @@ def written(
     control=None,
     size=16,
     epochs: int = 2,
+    relabel: dict | None = None,
     encoding: dict | None = None,
 ) -> Path:
     """A set of ten images with labels, written to `folder`."""
     images = noise(COUNT, size) if images is None else images
-    relabel = {**RELABEL, "epochs": epochs}
-    given = recipe(IPC, relabel=relabel, images=encoding or {}, evaluation={"epochs": 2})
+    given = recipe(
+        IPC, relabel={**RELABEL, "epochs": epochs, **(relabel or {})}, images=encoding or {}, evaluation={"epochs": 2}
+    )
     observers = Observers(CLASSES)
     files = condensed.encode(images, given.images)
     rows = torch.arange(COUNT).int().view(-1, 1)

@@ -1,38 +1,48 @@
 """The card of a condensed set: metadata the Hub accepts, facts of the set alone, and code that runs as it stands."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from helpers_labels import CLASSES, COUNT, IPC, noise, written
+from hub import Hub, python
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from edc_hub import CondensedSet
+from edc_hub import CondensedSet, card, recipes
 from edc_hub.card import with_results
 
 
 def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
-    card = DatasetCard.load(dataset / "README.md")
-    data = card.data.to_dict()
-    assert data["license"] == "other" and data["task_categories"] == ["image-classification"]
+    shown = DatasetCard.load(dataset / "README.md")
+    data = shown.data.to_dict()
+    assert data["license"] == "unknown" and data["task_categories"] == ["image-classification"]
     assert data["size_categories"] == ["n<1K"] and data["source_datasets"] == ["extended|toys/blocks"]
     assert "ipc-2" in data["tags"] and "dataset-distillation" in data["tags"]
     assert [config["config_name"] for config in data["configs"]] == ["images", "soft_labels"]
     assert data["configs"][0]["default"] is True
-    assert [info["splits"][0]["num_examples"] for info in data["dataset_info"]] == [10, 20]
+    assert data["dataset_info"][0]["splits"][0]["num_examples"] == 10
     for part in (
         "assets/grid.png",
         "https://huggingface.co/datasets/toys/blocks",
         "## License",
+        "## Versions",
+        "| `soft_labels` | 20 | 1 |",
         "@inproceedings",
         "75.0 %",
+        "median of\n5: PSNR",
+        "5 images start from pieces of several",
+        "Not anonymised",
+        "states no license",
+        "hfds/dataset",
     ):
-        assert part in card.text
-    assert not re.search(r"\{\{|\}\}|\{%|None|Undefined", card.text)
+        assert part in shown.text
+    assert not re.search(r"\{\{|\}\}|\{%|None|Undefined|nan", shown.text)
 
 
 def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
@@ -54,6 +64,117 @@ def test_the_replay_of_the_card_runs(dataset, monkeypatch):
     names: dict = {}
     exec(replay, names)
     assert names["x"].shape == (COUNT, 3, 16, 16) and names["logits"].shape == (COUNT, CLASSES)
+
+
+def test_the_stream_of_the_card_runs(dataset, tmp_path):
+    text = DatasetCard.load(dataset / "README.md").text
+    stream = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "streaming=True" in code)
+    env = {**os.environ, "HF_HOME": str(tmp_path)}
+    check = "\nprint('rows', len(batch['image_id']), tuple(batch['soft_label'].shape))"
+    done = subprocess.run(
+        [sys.executable, "-c", stream + check], env=env, cwd=dataset.parent, capture_output=True, text=True
+    )
+    assert "rows 4 (4, 5)" in done.stdout, done.stderr
+
+
+def test_the_command_of_the_card_makes_the_same_recipe(dataset, monkeypatch):
+    text = DatasetCard.load(dataset / "README.md").text
+    command = re.search(r"```bash\n.*?edc-hub condense ([^`]*)```", text, re.DOTALL)[1].split()
+    monkeypatch.chdir(dataset)
+    recipe, *_ = recipes.parse(command, prog="condense")
+    assert recipes.published(recipe) == (dataset / "recipe.yaml").read_text("utf-8")
+
+
+def test_the_card_of_a_published_set_names_its_place(dataset):
+    text = card.again(dataset, "org/toy")
+    assert 'load_dataset("org/toy", "images", split="train")' in text
+    assert "hf download org/toy recipe.yaml --repo-type dataset" in text and '"dataset"' not in text
+    old = (dataset / "README.md").read_text("utf-8")
+    assert DatasetCard(text).data.to_dict() == DatasetCard(old).data.to_dict()
+    assert card.again(dataset, "dataset") == old
+
+
+def test_what_was_measured_is_in_the_card_again(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    text = (folder / "README.md").read_text("utf-8")
+    for name in card.MEASURED:
+        text = card.filled(text, name, f"{name}: 52.1 ± 0.4")
+    (folder / "README.md").write_text(text, "utf-8")
+    again = card.again(folder, "org/toy")
+    assert [card.marked(again, name) for name in card.MEASURED] == [f"{name}: 52.1 ± 0.4" for name in card.MEASURED]
+
+
+def test_sections_and_metadata_that_a_person_added_stay(dataset):
+    text = (dataset / "README.md").read_text("utf-8")
+    own = "## Ethics\n\nThink first.\n\n```bash\n## no heading\n```\n"
+    edited = text.replace("## Train on it\n", f"{own}\n## Train on it\n").replace(
+        "license: unknown\n", "license: mit\nlanguage:\n- en\n"
+    )
+    edited = edited.replace("- soft-labels\n", "- soft-labels\n- mine\n") + "\n## Contact\n\nMe.\n"
+    kept = card.kept(text, edited)
+    data = DatasetCard(kept).data.to_dict()
+    assert data["license"] == "mit" and data["language"] == ["en"] and data["tags"].count("mine") == 1
+    assert f"{own}\n## Train on it\n" in kept and kept.endswith("## Contact\n\nMe.\n")
+    assert kept.count("## Results") == 1 and kept.count("## no heading") == 1
+    assert card.kept(text, kept) == kept and card.kept(kept, text) == kept and card.kept(text, text) == text
+    assert "\n## Contact\n\nMe.\n\n## Results\n" in card.kept(text, "no metadata\n\n## Contact\n\nMe.\n")
+
+
+def test_a_set_that_is_written_again_keeps_them_too(session, tmp_path):
+    folder = written(tmp_path / "dataset", session)
+    with open(folder / "README.md", "a", encoding="utf-8") as file:
+        file.write("\n## Contact\n\nMe.\n")
+    written(folder, session, images=noise(COUNT, 16, seed=8))
+    assert "## Contact\n\nMe." in (folder / "README.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ({"license": "mit"}, "under the license `mit` as"),
+        ({"license": "other", "license_name": "mine", "license_link": "https://a.b"}, "[mine](https://a.b)"),
+        (
+            {"license": "other", "license_name": "imagenet-terms-of-access", "license_link": "https://a.b"},
+            "non-commercial research",
+        ),
+        ({"license": "unknown"}, "states no license"),
+        ({"citation": "@misc{toys,\n}\n"}, "@misc{toys,\n}\n```"),
+    ],
+)
+def test_the_terms_of_the_source_stand_in_the_card(dataset, tmp_path, source, said):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    manifest["source"] |= source
+    (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    text = card.again(folder, "org/toy")
+    assert said in text
+    assert DatasetCard(text).data.license == source.get("license", "unknown")
+
+
+def test_timm_reads_the_images(dataset, tmp_path):
+    from timm.data.readers.reader_hfds import ReaderHfds
+
+    reader = ReaderHfds(str(dataset), root=str(tmp_path), split="train")
+    assert len(reader) == COUNT and reader.class_to_idx == {f"class {i}": i for i in range(CLASSES)}
+    image, label = reader[3]
+    assert label == 1 and np.array_equal(np.asarray(Image.open(image)), noise(COUNT, 16)[3].permute(1, 2, 0))
+
+
+def test_timm_reads_the_images_from_the_hub(dataset, tmp_path):
+    code = f"""
+    from huggingface_hub import HfApi
+    from timm.data.readers.reader_hfds import ReaderHfds
+
+    HfApi().create_repo("org/toy", repo_type="dataset")
+    HfApi().upload_folder(repo_id="org/toy", repo_type="dataset", folder_path={str(dataset)!r})
+    reader = ReaderHfds("org/toy", split="train")
+    print(len(reader), sorted(reader.class_to_idx.values()), reader[3][1])
+    """
+    with Hub() as hub:
+        done = python(code, hub.url, tmp_path, hub.token)
+    assert done.stdout.split("\n")[0] == "10 [0, 1, 2, 3, 4] 1", done.stderr
 
 
 @pytest.mark.parametrize("control", ["initial", "random"])
@@ -81,7 +202,7 @@ def test_results_stand_between_their_marks_and_nothing_else_changes(dataset):
     assert "## Results" in text and "Not measured yet." in text
     measured = with_results(text, "| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n")
     assert "<!-- results -->\n| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n<!-- /results -->" in measured
-    assert "Not measured yet." not in measured
+    assert card.marked(measured, "results").endswith("\\1 |")
     assert with_results(measured, "Not measured yet.") == text
     assert DatasetCard(measured).data.to_dict() == DatasetCard(text).data.to_dict()
 

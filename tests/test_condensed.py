@@ -167,7 +167,7 @@ def test_the_manifest_says_what_the_set_was_made_from(dataset):
         manifest["observers"][0]["roles"] == ["relabel", "synthesize"] and manifest["observers"][0]["sha256"] == "a3"
     )
     soft = manifest["soft_labels"]
-    assert soft["codec"] == "dense_float16" and soft["view_version"] == 1 and soft["view_size"] == 16
+    assert soft["codec"] == "dense" and soft["view_version"] == 1 and soft["view_size"] == 16
     assert soft["epochs"] == 2 and soft["randaugment"]["operations"][5]["name"] == "Rotate"
     assert {"edc_hub", "python", "torch", "torchvision", "datasets", "transformers", "timm"} <= set(
         manifest["versions"]

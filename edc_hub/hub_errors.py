@@ -1,0 +1,175 @@
+"""What can go wrong between here and the Hub: what is tried again, and what is said of the rest in one line."""
+
+import errno
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import httpx
+
+from .errors import InputError
+
+
+Say = Callable[[str], object]
+Result = TypeVar("Result")
+
+_ATTEMPTS = 5
+_PASSING = (408, 429, 500, 502, 503, 504)
+_LONGEST = 300.0  # seconds that a Hub may ask to wait: the window of its rate limits
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than this disk or process may write",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission",
+}
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+def steady(call: Callable[[], Result], say: Say = quiet, attempts: int = _ATTEMPTS) -> Result:
+    """`call()`, tried again after errors that pass: a connection that broke, 429 and 5xx, as long as the Hub asks."""
+    for attempt in range(1, attempts + 1):
+        try:
+            return call()
+        except Exception as error:
+            wait = _wait(error, attempt)
+            if wait is None or attempt == attempts:
+                raise
+            say(f"{_reason(error)}; again in {wait:g} s ({attempt} of {attempts - 1})")
+            time.sleep(wait)
+    raise AssertionError("unreachable")
+
+
+def status(error: BaseException) -> int | None:
+    """The status that the Hub answered with, where an error comes from an answer."""
+    answer = _answer(error)
+    return answer.status_code if answer is not None else None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _answer(error: BaseException) -> httpx.Response | None:
+    found = (each.response for each in _chain(error) if isinstance(each, HfHubHTTPError | httpx.HTTPStatusError))
+    return next(found, None)
+
+
+def _is_broken(error: BaseException) -> bool:
+    """Whether the connection broke, or what came through it is no Hub's answer."""
+    if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
+        return False
+    return any(isinstance(each, httpx.TransportError | json.JSONDecodeError) for each in _chain(error))
+
+
+def _wait(error: Exception, attempt: int) -> float | None:
+    """Seconds until an error may have passed; None for one that stays."""
+    answer = _answer(error)
+    if answer is None:
+        return 2.0 ** (attempt - 1) if _is_broken(error) else None
+    if answer.status_code not in _PASSING:
+        return None
+    asked = answer.headers.get("Retry-After", "")
+    limit = re.search(r"r=0;\s*t=(\d+)", answer.headers.get("RateLimit", ""))
+    asked = asked if asked.isdigit() else limit[1] if limit else None
+    return min(float(asked), _LONGEST) if asked else 2.0 ** (attempt - 1)
+
+
+def _reason(error: Exception) -> str:
+    code = status(error)
+    return f"the Hub answered {code}" if code else "the connection to the Hub broke"
+
+
+@contextmanager
+def plain(id: str, reading: str | None = None) -> Iterator[None]:
+    """Errors of the Hub, the network and the disk inside become an InputError of one line, without the token.
+
+    Args: id: of the repository; reading: for who reads, and words that follow the id.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = _disk(error) or (_writing(error, id) if reading is None else _reading(error, id, reading))
+        if text is None:
+            raise
+        raise InputError(_without_token(text)) from None  # what it came from may quote what was sent
+
+
+def _disk(error: Exception) -> str | None:
+    for each in _chain(error):
+        if isinstance(each, OSError) and each.errno in _FULL:
+            place = each.filename or constants.HF_HUB_CACHE
+            return f"HF_HOME: cannot write {place}: {_FULL[each.errno]}; free some space or set HF_HOME elsewhere"
+    return None
+
+
+def _reading(error: Exception, id: str, words: str) -> str | None:
+    if not isinstance(error, HfHubHTTPError | HFValidationError | LocalEntryNotFoundError | httpx.TransportError):
+        return None
+    if isinstance(error, RevisionNotFoundError):
+        return f"revision: {id} has no{words.removeprefix(' at revision')}; see its tags on the Hub"
+    return (
+        f"{id}: neither a folder here nor a data set on the Hub{words} that can be reached ({error}); give the "
+        "dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
+    )
+
+
+def _writing(error: Exception, id: str) -> str | None:
+    code, endpoint = status(error), constants.ENDPOINT
+    said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
+    if isinstance(error, HFValidationError):
+        return f"{id}: no name of a repository; write ORG/NAME ({error})"
+    if any("xet" in str(each).lower() for each in _chain(error)) and not _is_default(endpoint):
+        return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
+    if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
+        return "HF_HUB_OFFLINE: is set, and publishing needs the network; unset it"
+    if "Invalid metadata in README.md" in str(error):
+        return f"README.md: the Hub refuses its metadata: {error}; correct it and give the same command again"
+    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
+    if code == 401 or isinstance(error, LocalTokenNotFoundError):
+        return f"HF_TOKEN: {endpoint} does not know the token (401); {login}"
+    if code == 403:
+        return f"{id}: the token may not write there (403: {said}); {login}, or write another name before the /"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"{id}: not found on {endpoint}, or the token may not see it; {login}"
+    if code is not None:
+        return f"{id}: {endpoint} answered {code} {said or _first_line(error)}; give the same command again to go on"
+    if _is_broken(error):
+        return (
+            f"HF_ENDPOINT: {endpoint} cannot be reached ({_first_line(error)}); look at the network and give the same "
+            "command again to go on"
+        )
+    return None
+
+
+def _is_default(endpoint: str) -> bool:
+    return endpoint.rstrip("/") == "https://huggingface.co"
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _without_token(text: str) -> str:
+    token = get_token()
+    return " ".join((text.replace(token, "hf_…") if token else text).split())

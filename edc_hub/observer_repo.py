@@ -1,0 +1,184 @@
+"""A run's observers as model repositories: a folder each, that timm, transformers or our recipes load."""
+
+import json
+import shutil
+import tempfile
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import documents, networks, recipes, terms, weights
+from .errors import InputError
+from .networks import Network
+from .recipe import Network as Section
+from .recipe import Recipe
+
+
+STAGE = "observers"
+TEMPLATE = terms.CARDS / "observers.md.jinja"
+FACTS, WEIGHTS = weights.OURS, weights.FILES[0]
+
+_TIMM = """\
+import timm
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()"""
+_TRANSFORMERS = """\
+from transformers import AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("{repo}").eval()"""
+
+
+def write(run: Path, folder: Path, repo: str, *, dataset: str | None = None) -> dict[str, Path]:
+    """Writes `folder/<observer>` for each observer of the run's set; returns the folders by the ids they are for.
+
+    The id of an observer is `<repo>-<observer>`. `model.safetensors` are the weights after the last epoch, the other
+    snapshots are `snapshots/epoch-<n>.safetensors`. Equal runs give equal files.
+    Args: dataset: id of the condensed set, for the cards.
+    Errors: InputError where the run is not finished, or its observers' weights are no longer beside it.
+    """
+    try:
+        manifest = json.loads((run / "dataset" / "manifest.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{run}: no finished run, dataset/manifest.json is missing; condense first") from error
+    recipe = recipes.resolve(documents.load(run / "recipe.yaml"))
+    sections = {net.name: net for net in recipe.observers.networks}
+    written = {}
+    for name, entries in groupby(manifest["observers"], key=lambda entry: entry["name"].partition("@")[0]):
+        used, place, own = list(entries), folder / name, f"{repo}-{name}"
+        shutil.rmtree(place, ignore_errors=True)
+        facts, states = _found(run, name, used)
+        _write_one(place, own, recipe, sections[name], facts, states, manifest, dataset)
+        published = run / "dataset" / "recipe.yaml"
+        shutil.copyfile(published, place / "recipe.yaml")
+        written[own] = place
+    return written
+
+
+def _found(run: Path, name: str, used: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[int, dict[str, Tensor]]]:
+    """Facts and the states by epoch of the observer whose snapshots have the hashes that the manifest names."""
+    wanted = {str(entry["epochs"]): entry["sha256"] for entry in used}
+    for path in sorted((run.parent / "artifacts" / STAGE).glob("*.safetensors")):
+        if path.stem.rpartition("-")[0] != name:
+            continue
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            hashes = {epoch: snapshot["sha256"] for epoch, snapshot in facts["snapshots"].items()}
+            if any(hashes.get(epoch) != sha for epoch, sha in wanted.items()):
+                continue
+            states: dict[int, dict[str, Tensor]] = {int(epoch): {} for epoch in hashes}
+            for key in file.keys():
+                epoch, _, tensor = key.partition("/")
+                states[int(epoch)][tensor] = file.get_tensor(key)
+        facts["roles"] = sorted({role for entry in used for role in entry["roles"]})
+        return facts, dict(sorted(states.items()))
+    raise InputError(
+        f"{run}: the weights of observer '{name}' are not in {run.parent / 'artifacts' / STAGE}; run condense again"
+    )
+
+
+def _write_one(
+    place: Path,
+    repo: str,
+    recipe: Recipe,
+    section: Section,
+    facts: dict[str, Any],
+    states: dict[int, dict[str, Tensor]],
+    manifest: dict[str, Any],
+    dataset: str | None,
+) -> None:
+    place.mkdir(parents=True)
+    last, snapshots = max(states), []
+    for epoch, state in states.items():
+        file = WEIGHTS if epoch == last else f"snapshots/epoch-{epoch}.safetensors"
+        (place / file).parent.mkdir(exist_ok=True)
+        save_file(state, place / file, metadata={"format": "pt"})  # transformers asks for the format
+        snapshots.append({"file": file, "epochs": epoch, **facts["snapshots"][str(epoch)]})
+    source = terms.UNKNOWN | manifest["source"]
+    shown = {key: value for key, value in facts.items() if key not in ("classes", "snapshots")}
+    shown |= {"classes": manifest["classes"], "snapshots": snapshots, "data": {"id": source["id"]}}
+    shown["data"] |= {key: source[key] for key in ("name", "split", "commit", "fingerprint")}
+    shown["train"] = section.train.model_dump() if section.train else None
+    _write_json(place / FACTS, {"format_version": "1.0", **shown})
+    library = _configure(place, recipe, section, manifest["classes"])
+    code = {"timm": _TIMM, "transformers": _TRANSFORMERS}.get(library, "").format(repo=repo)
+    data = ModelCardData(
+        license=source["license"],
+        **{name: source[name] for name in ("license_name", "license_link") if source[name]},
+        library_name=library or "edc_hub",
+        pipeline_tag="image-classification",
+        tags=["dataset-distillation", "observer", "image-classification"],
+        datasets=[source["id"]] if source["commit"] else None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        title=f"{section.name}, observer of {manifest['name']}",
+        arch=facts["arch"],
+        facts=shown,
+        source=source,
+        source_link=f"[{source['id']}]({source['link']})" if source["link"] else source["id"],
+        repo=repo,
+        dataset=dataset,
+        library=library,
+        code=code,
+        entry=_entry(section, facts, repo),
+    )
+    (place / "README.md").write_text(card.content, encoding="utf-8")
+
+
+def _configure(place: Path, recipe: Recipe, section: Section, names: list[str]) -> str | None:
+    """Writes the config.json of the library whose network this is, and returns its name; None where it is no one's."""
+    library = section.arch.partition("/")[0]
+    if library not in ("timm", "transformers"):
+        return None
+    network = networks.build(
+        section.arch,
+        len(names),
+        seed=0,
+        args=section.args,
+        stem=section.stem,
+        image_size=recipe.source.size,
+        input_size=section.input_size,
+        mean=section.mean or recipe.source.mean,
+        std=section.std or recipe.source.std,
+    )
+    if network.facts["stem"] != "standard":  # another network than the one that its configuration would build
+        return None
+    {"timm": _timm, "transformers": _transformers}[library](place, network, names)
+    return library
+
+
+def _timm(place: Path, network: Network, names: list[str]) -> None:
+    from timm.models import save_for_hf
+
+    facts = network.facts
+    size = facts["input_size"] or facts["image_size"]
+    data = {"input_size": (3, size, size), "mean": facts["mean"], "std": facts["std"], "crop_pct": 1.0}
+    with tempfile.TemporaryDirectory() as beside:  # it writes weights too
+        save_for_hf(network.module, beside, {"label_names": names}, safe_serialization=True, data_config=data)
+        shutil.copyfile(Path(beside) / "config.json", place / "config.json")
+
+
+def _transformers(place: Path, network: Network, names: list[str]) -> None:
+    config = network.module.config
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+    config.architectures = [type(network.module).__name__]
+    config.save_pretrained(place)
+
+
+def _entry(section: Section, facts: dict[str, Any], repo: str) -> str:
+    """The lines of a recipe that load it."""
+    entry = {"name": section.name, "arch": facts["arch"], "args": facts["args"], "stem": facts["stem"]}
+    entry |= {"input_size": facts["input_size"], "mean": facts["mean"], "std": facts["std"], "weights": repo}
+    entry = {key: value for key, value in entry.items() if value not in (None, {})}
+    return documents.write({"observers": {"networks": [entry]}}).strip()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

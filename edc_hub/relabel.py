@@ -1,0 +1,162 @@
+"""Anyone's images become a condensed set of ours, labelled by our observers.
+
+    accelerate launch -m edc_hub.relabel RECIPE --images <Hub id or folder> [--image_column … --section.key value …]
+
+Source and observers are those of the recipe, found again where a run of `condense` beside this one has them; nothing
+is synthesised. So any published set can be put under one protocol.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from . import given, launch, recipes
+from .errors import InputError
+from .given import Parsed
+from .recipe import Recipe
+
+
+if TYPE_CHECKING:
+    from .foreign import Foreign
+    from .source import RealSet
+    from .work import Session
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (0, 1, 2)."""
+    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
+
+
+def command(argv: list[str]) -> None:
+    """Parses, then prints the recipe or the plan, or labels the images."""
+    parsed = given.parse(argv)
+    recipe = parsed.recipe
+    if parsed.print_recipe:
+        print(recipes.dump(recipe), end="")
+        return
+    if parsed.dry_run:
+        with TemporaryDirectory() as nothing, launch.session(recipe, Path(nothing)) as session:
+            show_plan(parsed, session)
+        return
+    folder = launch.run_folder(recipe)
+    launch.refuse_what_is_not_ours(folder)
+    with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
+        dataset = relabel(parsed, folder, session)
+        if session.state.is_main_process:
+            print(dataset)
+
+
+def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
+    """Labels the images, and random real ones as controls, on every process of the group; returns the dataset."""
+    import torch
+
+    from . import condense, observers, work
+    from .initialize import Initial
+
+    clock = condense.Clock(session)
+    with clock("source"):
+        foreign, recipe, real = read(parsed)
+        launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+        _refuse_other_images(folder / "dataset" / "manifest.json", foreign)
+        real.preload()
+    if session.state.is_main_process:
+        work.sweep(launch.artifacts(recipe))
+        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+    with clock("observers"):
+        watching = observers.obtain(recipe, real, session)
+    unknown = Initial(foreign.images, torch.full((len(foreign.images), 1), -1, dtype=torch.int32), "")
+    made = condense.Pictures("relabel", folder / "dataset", foreign.images, unknown, None, foreign.facts)
+    with clock(made.label):
+        wrote = condense.label_and_write(recipe, real, watching, made, session)
+    if recipe.relabel.controls:
+        alike = _at(real, recipe, foreign.images.shape[-1])
+        for pictures in condense.controls(recipe, alike, unknown, folder):
+            if pictures.control == "random":  # what these images started from nobody knows
+                with clock(pictures.label):
+                    wrote |= condense.label_and_write(recipe, alike, watching, pictures, session)
+    if session.state.is_main_process:
+        if wrote or not (folder / "run.json").exists():
+            condense.write_facts(real, clock, folder, session)
+        _say_agreement(made.place, session)
+        condense.say_where(recipe, real, made.place, session)
+    return made.place
+
+
+def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
+    """The images, the recipe for as many a class, and the recipe's source."""
+    from . import foreign, labels, source
+
+    real = source.load(parsed.recipe.source)
+    with _naming_flags():
+        found = foreign.load(parsed.given, parsed.recipe.source, real)
+    recipe = given.resolve(parsed, found.ipc)
+    size, strips = found.images.shape[-1], recipe.relabel.shuffle
+    if strips and size % strips:
+        raise InputError(f"relabel.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0")
+    labels.check(recipe, len(real.names))
+    if recipe.relabel.controls:
+        source.check_ipc(real, recipe.ipc)
+    return found, recipe, real
+
+
+@contextmanager
+def _naming_flags() -> Iterator[None]:
+    """What `source` says about its keys, said about the flags that stand for them here."""
+    flags = {"path": "images", "name": "config", "train_split": "split"}
+    try:
+        yield
+    except InputError as error:
+        key, colon, text = str(error).partition(": ")
+        name = key.removeprefix("source.")
+        raise InputError(str(error) if name == key else f"--{flags.get(name, name)}{colon}{text}") from error
+
+
+def _at(real: "RealSet", recipe: Recipe, size: int) -> "RealSet":
+    from . import source
+
+    return real if real.size == size else source.load(recipe.source.model_copy(update={"size": size}))
+
+
+def _refuse_other_images(manifest: Path, foreign: "Foreign") -> None:
+    """A finished set is never overwritten by one of other images."""
+    if not manifest.is_file():
+        return
+    there = json.loads(manifest.read_text(encoding="utf-8")).get("origin", {})
+    if there != foreign.facts:
+        other = there.get("id", "images that were made here")
+        changed = ", which has changed since" if other == foreign.facts["id"] else ""
+        raise InputError(
+            f"output_dir: {manifest.parent} is finished and of {other}{changed}; give this run another output_dir"
+        )
+
+
+def _say_agreement(dataset: Path, session: "Session") -> None:
+    """How many images the observers put in the class they came with: next to none where classes are mixed up."""
+    from .condensed import CondensedSet
+
+    made = CondensedSet.load(dataset)
+    share = (made.soft_labels.argmax(1) == made.labels).float().mean().item()
+    doubt = "; are the classes numbered as in the recipe's source?" if share < 2 / len(made.names) else ""
+    session.report(f"the observers see the given class in {share:.1%} of the images{doubt}")
+
+
+def show_plan(parsed: Parsed, session: "Session") -> None:
+    """Prints what would be made on stdout; trains, labels and writes nothing."""
+    foreign, recipe, real = read(parsed)
+    if session.state.is_main_process:
+        section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
+        rows, sets = count * section.epochs, 1 + section.random_draws * section.controls
+        print(f"{foreign.facts['id']}: {classes} classes, {recipe.ipc} images each, {foreign.images.shape[-1]} px")
+        print(f"run folder: {launch.run_folder(recipe)}")
+        print(f"observers: {', '.join(net.name for net in recipe.observers.networks)}")
+        print(
+            f"sets: {sets}, each of {rows} labelled views, {2 * rows * classes / 2**20:.1f} MiB of logits as float16"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

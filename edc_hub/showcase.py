@@ -1,0 +1,114 @@
+"""Accuracy of the lines of code that a card shows, for the whole set and for its first k images of each class.
+
+    python -m edc_hub.showcase RUN [--seeds 3]
+
+The very text of the card is executed in the folder of the run, once for each k and seed. Accuracy is top-1 of the last
+epoch on the whole test split; nothing is selected on it. It goes into results.json and into the card.
+"""
+
+import argparse
+import json
+import sys
+from contextlib import chdir
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from . import card, documents, launch, recipes, snippets
+from .errors import InputError
+
+
+BATCH = 256  # test images a forward pass
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (0, 1, 2)."""
+    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
+
+
+def command(argv: list[str]) -> None:
+    """Parses, measures, writes."""
+    parser = argparse.ArgumentParser(prog="showcase", description="accuracy of the code of a card")
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--seeds", type=int, default=3, help="students for each number of images")
+    given = parser.parse_args(argv)
+    folder = given.run / "dataset"
+    if not (folder / "manifest.json").is_file():
+        raise InputError(f"showcase: no finished set in {given.run}; give the folder of a finished run")
+    with launch.lock(given.run):
+        publish(folder, measure(given.run, given.seeds))
+
+
+def measure(run: Path, seeds: int) -> list[dict[str, Any]]:
+    """For each k of `prefixes` the accuracies, a student each, of the example on the first k images of each class."""
+    from . import source
+
+    manifest = json.loads((run / "dataset/manifest.json").read_text(encoding="utf-8"))
+    content = documents.load(run / "recipe.yaml")  # with its path of a local source
+    recipe = recipes.resolve(content)
+    code = snippets.example(manifest, recipe.evaluation, "dataset")
+    test = source.load(recipe.source, "test")
+    images, labels = test.images(test.rows()), test.labels[test.rows()]
+    found = []
+    for k in prefixes(manifest["ipc"]):
+        accuracy = [_train(run, prefix(code, k, manifest["ipc"]), seed, images, labels) for seed in range(seeds)]
+        found.append({"images_per_class": k, "accuracy": [round(value, 4) for value in accuracy]})
+        print(f"first {k} of each class: {_percent(accuracy)}", file=sys.stderr, flush=True)
+    return found
+
+
+def prefixes(ipc: int) -> list[int]:
+    """1, 2, 5, 10, 20, … up to the number of images of each class, which is the last."""
+    steps = (digit * 10**power for power in range(5) for digit in (1, 2, 5))
+    return [*(k for k in steps if k < ipc), ipc]
+
+
+def prefix(code: str, k: int, ipc: int) -> str:
+    """The example for the first k images of each class; as it stands for all of them."""
+    if k == ipc:
+        return code
+    first = code.index('.with_format("torch"')
+    return f'{code[:first]}.filter(lambda row: row["ipc_index"] < {k}){code[first:]}'
+
+
+def _train(run: Path, code: str, seed: int, images, labels) -> float:
+    import torch
+
+    torch.manual_seed(seed)
+    names: dict[str, Any] = {}
+    with chdir(run):
+        exec(code, names)
+    net, right = names["net"].eval(), 0
+    with torch.no_grad():
+        for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
+            right += (net((x / 255 - names["mean"]) / names["std"]).argmax(1) == y).sum().item()
+    return right / len(labels)
+
+
+def publish(folder: Path, found: list[dict[str, Any]]) -> None:
+    """Writes `prefixes` into results.json and what a card says of them into README.md."""
+    from . import results, work
+
+    place, readme = folder / "results.json", folder / "README.md"
+    old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+    results.write({**old, "prefixes": found}, folder)
+    text = readme.read_text(encoding="utf-8")
+    text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.")
+    rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
+    table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
+    text = card.filled(text, "prefixes", table)
+    work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _percent(accuracy: list[float]) -> str:
+    spread = f" ± {100 * stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
+    return f"{100 * fmean(accuracy):.1f}{spread} %"
+
+
+def _students(entry: dict[str, Any]) -> str:
+    number = len(entry["accuracy"])
+    return f"{number} student{'s' if number > 1 else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""The code that a card shows, as text: a student in ten lines, the replay of stored views, a stream of them."""
+
+from typing import Any
+
+from .recipe import Evaluation
+
+
+_EXAMPLE = """\
+import timm, torch
+from datasets import load_dataset
+from torch.nn.functional import cross_entropy, mse_loss
+
+ds = load_dataset("{repo}", "images", split="train").with_format("torch", ["image", "label", "soft_label"])
+mean, std = torch.tensor({mean}).view(3, 1, 1), torch.tensor({std}).view(3, 1, 1)
+net = timm.create_model("resnet18", num_classes={classes})
+{stem}optimizer = torch.optim.AdamW(net.parameters(), lr={lr}, weight_decay={weight_decay})
+for epoch in range({epochs}):
+    for batch in torch.utils.data.DataLoader(ds, {batch}, shuffle=True):
+        logits = net((batch["image"] / 255 - mean) / std)
+        loss = mse_loss(logits, batch["soft_label"]) + {ce_weight} * cross_entropy(logits, batch["label"])
+        optimizer.zero_grad(), loss.backward(), optimizer.step()"""
+_SMALL_STEM = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()\n"
+_REPLAY = """\
+from edc_hub import CondensedSet
+
+condensed = CondensedSet.load("{repo}")
+views, logits = condensed.views(epoch=0)  # the columns above, and float32 logits
+x = condensed.replay(epoch=0)  # the pixels the observers saw, float32 in [0, 1]"""
+_STREAM = """\
+from datasets import load_dataset
+
+rows = load_dataset("{repo}", "soft_labels", split="train", streaming=True).with_format("torch")
+for batch in rows.batch({batch}):
+    print(batch["image_id"], batch["crop"], batch["flip"])
+    break"""
+
+
+def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
+    """A student of the `images` configuration in ten lines of torch, by the protocol of the recipe."""
+    return _EXAMPLE.format(
+        repo=repo,
+        mean=manifest["images"]["mean"],
+        std=manifest["images"]["std"],
+        classes=len(manifest["classes"]),
+        stem=_SMALL_STEM if manifest["images"]["size"] <= 64 else "",
+        **evaluation.model_dump(include={"lr", "weight_decay", "epochs", "batch", "ce_weight"}),
+    )
+
+
+def replay(repo: str) -> str:
+    """The pixels and labels of a label epoch, by edc_hub."""
+    return _REPLAY.format(repo=repo)
+
+
+def stream(manifest: dict[str, Any], repo: str) -> str:
+    """The first batch of labelled views, read without a download of the rest."""
+    return _STREAM.format(repo=repo, batch=manifest["soft_labels"]["batch"])

@@ -1,0 +1,52 @@
+"""The terms of a source: its license and how to cite it, from a table of well-known sets or from its own card."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from . import documents
+
+
+_HERE = Path(__file__).parent
+# in a wheel the templates lie in the package, in a checkout beside it
+CARDS = (_HERE / "_shipped" if (_HERE / "_shipped").is_dir() else _HERE.parent) / "cards"
+
+UNKNOWN = {"license": "unknown", "license_name": None, "license_link": None, "link": None, "citation": None}
+
+
+def of(source: str, path: str, commit: str | None) -> dict[str, Any]:
+    """What a manifest says of a source's terms: the keys of UNKNOWN.
+
+    Args: source: its id; path: `source.path`, perhaps a local folder; commit: of a Hub set, whose card is read there.
+    A source that states no license gives `unknown`, and nothing is assumed in its place.
+    """
+    known = documents.load(CARDS / "sources.yaml")
+    pattern = next((key for key in known if key[0] == "*" and key[1:] in source.lower()), None)
+    found = dict(UNKNOWN)
+    if commit:
+        found["link"] = f"https://huggingface.co/datasets/{source}"
+    if source in known or pattern:
+        return found | known.get(source, known.get(pattern))
+    card = _card(source, path, commit)
+    data = card.data.to_dict() if card else {}
+    found |= {key: data[key] for key in UNKNOWN if key.startswith("license") and isinstance(data.get(key), str)}
+    if isinstance(data.get("license"), list):
+        found["license"] = data["license"][0] if len(data["license"]) == 1 else "other"
+    if card and (cited := re.search(r"^```\w*\n(@\w+\{.*?)^```", card.text, re.DOTALL | re.MULTILINE)):
+        found["citation"] = cited[1]
+    return found
+
+
+def _card(source: str, path: str, commit: str | None) -> DatasetCard | None:
+    """The source's own card, if it has one that can be read."""
+    try:
+        file = Path(path).expanduser() / "README.md"
+        if commit:
+            file = Path(hf_hub_download(source, "README.md", repo_type="dataset", revision=commit))
+        return DatasetCard.load(file) if file.is_file() else None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError, OSError, yaml.YAMLError):
+        return None  # no card, or one whose metadata nobody can read

@@ -1,0 +1,141 @@
+"""`edc-hub doctor`: with the real client against a Hub on this machine, and without any network."""
+
+import json
+from collections import namedtuple
+
+import pytest
+from hub import Hub, python
+from toys import write_parquet
+
+from edc_hub import checks, doctor
+
+
+def findings(out):
+    """(ok or FAIL, rest of the line) by the name of the check; the last of a name counts."""
+    rows = [line.split(None, 1) for line in out.splitlines()]
+    names = [*("edc_hub", "versions", "cpu", "gpu", "endpoint", "xet", "token"), "runs", "hub cache", "data cache"]
+    found = {}
+    for mark, rest in rows:
+        name = next(name for name in (*names, "source", "weights") if rest.startswith(name))
+        found[name] = mark, rest.removeprefix(name).strip()
+    return found
+
+
+CALLS = """
+import json, os, sys
+from edc_hub import doctor
+
+for token, *argv in json.loads(sys.argv[1]):
+    os.environ["HF_TOKEN"] = token
+    print("status", doctor.main(argv))
+    print("----")
+"""
+
+
+def asked(hub, home, calls, **variables):
+    """The command called several times in one process; (status, findings) of each, and all it printed."""
+    done = python(CALLS, hub.url, home, None, json.dumps(calls), **variables)
+    assert done.returncode == 0, done.stderr
+    parts = [part.split("status ") for part in done.stdout.split("----\n")[:-1]]
+    return [(int(status), findings(out)) for out, status in parts], done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("set")
+    write_parquet(folder, {"train": [0, 1], "test": [0, 1]})
+    with Hub() as found:
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        found.commit("org/toy", {str(path.relative_to(folder)): path.read_bytes() for path in files})
+        yield found
+
+
+def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_path):
+    fine = hub.add_token("fineGrained", scopes={"org": ["repo.content.read", "repo.write"]})
+    poor = hub.add_token("fineGrained", scopes={"org": ["repo.content.read"]})
+    reach = ["digits", "--source.path", "org/toy"]
+    calls = [
+        (hub.token, *reach),
+        (hub.token, "digits", "--source.path", "org/none"),
+        (hub.token, *reach, "--source.test_split", "validation"),
+        (hub.read_token,),
+        (fine,),
+        (poor,),
+        ("hf_wrong",),
+        ("",),
+    ]
+    requests = len(hub.log)
+    results, said = asked(hub, tmp_path, calls, HF_HUB_DISABLE_XET="1")
+    well, missing, split, read, writes, reads, wrong, none = results
+    assert well[0] == 0, said
+    assert well[1]["token"] == ("ok", "of tester, role write") and well[1]["xet"][0] == "ok"
+    assert well[1]["endpoint"] == ("ok", f"{hub.url} answers")
+    commit = hub.commits("org/toy")[0].oid
+    assert well[1]["source"] == ("ok", f"org/toy at commit {commit[:12]}: splits train, test")
+    assert missing[0] == 1 and missing[1]["source"][0] == "FAIL" and "check the spelling" in missing[1]["source"][1]
+    assert split[0] == 1 and split[1]["source"][1].endswith("no 'validation'; write another source.test_split")
+    assert read[0] == 1 and "role read; publishing needs one that may write" in read[1]["token"][1]
+    assert writes[0] == 0 and writes[1]["token"][1] == "of tester, role fineGrained, writes to: org"
+    assert reads[0] == 1 and "writes to: nothing; publishing" in reads[1]["token"][1]
+    assert wrong[0] == 1 and "run `hf auth login`" in wrong[1]["token"][1]
+    assert none[0] == 1 and none[1]["token"][1].startswith("none; publishing and private sets need one")
+    for token in (hub.token, hub.read_token, fine, poor, "hf_wrong"):
+        assert token not in said
+    fetched = {request.path for request in hub.log[requests:] if request.method == "GET"}
+    assert not [path for path in fetched if path.endswith(".parquet")]  # nothing of the set is downloaded
+
+
+def test_another_hub_with_xet_on_and_one_that_is_broken(hub, tmp_path):
+    hub.fail("GET", r"/api/datasets\?|/api/datasets$", 503, times=99)
+    hub.fail("GET", "whoami", 503, times=99)
+    ((status, found),), _ = asked(hub, tmp_path, [(hub.token,)], HF_HUB_DISABLE_XET="0")
+    assert status == 1
+    assert found["xet"][0] == "FAIL" and "set HF_HUB_DISABLE_XET=1" in found["xet"][1]
+    assert found["endpoint"][0] == "FAIL" and "HTTP 503; try again later" in found["endpoint"][1]
+    assert found["token"][0] == "FAIL" and "cannot be checked (HTTP 503)" in found["token"][1]
+
+
+def test_without_a_network_each_failing_line_says_what_to_do(capsys):
+    assert doctor.main(["digits"]) == 1  # HF_HUB_OFFLINE is set for the tests
+    found = findings(capsys.readouterr().out)
+    assert found["endpoint"][0] == "FAIL" and "unset it" in found["endpoint"][1]
+    assert found["source"] == ("ok", "sklearn/digits: splits train, test")
+    assert {name for name, (mark, _) in found.items() if mark == "FAIL"} <= {"endpoint", "token", "gpu"}
+    assert all("; " in text for mark, text in found.values() if mark == "FAIL")
+
+
+def test_weights_that_are_not_there_are_found(capsys):
+    network = "[{name: a, arch: resnet18, weights: ./none.safetensors}]"
+    keys = ["--observers.networks", network, "--relabel.observers", "null", "--synthesize.observers", "null"]
+    assert doctor.main(["digits", *keys, "--initialize.observers", "null"]) == 1
+    assert findings(capsys.readouterr().out)["weights"][1].startswith("weights: no file ./none.safetensors; give")
+
+
+def test_a_wrong_recipe_is_status_2(capsys):
+    assert doctor.main(["digits", "--ipcc", "3"]) == 2
+    assert "ipcc: unknown key" in capsys.readouterr().err
+    assert doctor.main(["--ipc", "3"]) == 2
+    assert "keys only after it" in capsys.readouterr().err
+
+
+def test_help_says_what_is_checked(capsys):
+    assert doctor.main(["--help"]) == 0
+    assert "edc-hub doctor [RECIPE]" in capsys.readouterr().out
+
+
+def test_a_library_that_is_missing_or_old_is_named(monkeypatch):
+    asked_for = ["torch>=2.9", "datasets>=99.1", "no-such-library>=1.0", 'ruff>=0.14; extra == "test"']
+    monkeypatch.setattr(checks.importlib.metadata, "requires", lambda _: asked_for)
+    *_, found = checks.versions()
+    assert found.remedy == "pip install --upgrade 'datasets>=99.1' 'no-such-library>=1.0'"
+    assert "no-such-library missing" in found.text and "ruff" not in found.text
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage(10**10, 10**10, 10**8))
+    assert all("0.1 GB free" in it.text and it.remedy.startswith("free some") for it in checks.disk(None))
+    (tmp_path / "file").touch()
+    recipe = doctor._recipe(["digits", "--output_dir", str(tmp_path / "file" / "run")])
+    first, *_ = checks.disk(recipe)
+    assert first.text.endswith("cannot be written") and "--output_dir" in first.remedy

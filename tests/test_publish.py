@@ -1,0 +1,588 @@
+"""Publishing against a Hub on this machine, through the real clients, each in a process of its own."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hub import Hub, environment, python
+
+
+_WORKER = """
+    import contextlib, io, json, os, sys, time
+
+    slept, sleep = [], time.sleep
+    time.sleep = lambda seconds: (slept.append(seconds), sleep(min(seconds, 0.02)))
+    from edc_hub import publish
+    from huggingface_hub import constants
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        os.environ["HF_TOKEN"], slept[:] = asked["token"], []
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = publish.main(asked["argv"])
+        said = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "slept": slept}
+        print("\\n@" + json.dumps(said), flush=True)
+"""
+
+
+class Publisher:
+    """`edc-hub publish` in one process that stays: importing takes longer than all the rest. It does not wait."""
+
+    def __init__(self, hub, home, **variables):
+        self.hub, self.said = hub, []
+        env = environment(hub.url, home, hub.token, **variables)
+        code = [sys.executable, "-c", textwrap.dedent(_WORKER)]
+        self.errors = open(f"{home}.err", "w+")  # what libraries say past sys.stderr
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
+        self.process = subprocess.Popen(code, env=env, **pipes)
+        self.process.stdout.readline()
+
+    def __call__(self, *argv, token=None):
+        asked = {"argv": [str(word) for word in argv], "token": self.hub.token if token is None else token}
+        self.process.stdin.write(json.dumps(asked) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                self.said.append(line)
+                return SimpleNamespace(**json.loads(line[1:]))
+        return None  # killed
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with Hub() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def publish(hub, tmp_path_factory):
+    publisher = Publisher(hub, tmp_path_factory.mktemp("home") / "one")
+    yield publisher
+    publisher.close()
+
+
+@pytest.fixture(scope="module")
+def second(hub, tmp_path_factory):
+    """Another machine's publisher."""
+    publisher = Publisher(hub, tmp_path_factory.mktemp("home") / "two")
+    yield publisher
+    publisher.close()
+
+
+@pytest.fixture(scope="module")
+def others(dataset, tmp_path_factory):
+    """The same run with other label epochs: data of a later version."""
+    return changed_data(dataset, tmp_path_factory.mktemp("others") / "dataset")
+
+
+@pytest.fixture
+def name(hub, request):
+    """A repository of this test alone; whatever a test did, every state that readers could see was whole."""
+    hub.clear()
+    hub.blobs.clear()  # so that every test uploads
+    id = "org/" + re.sub(r"\W+", "-", request.node.name)[-60:].strip("-")
+    yield id
+    hub.clear()
+    if f"datasets/{id}" in hub.repos:
+        for commit in hub.commits(id):
+            assert_whole(hub.files(id, commit.oid))
+        for tag in hub.tags(id):
+            assert "manifest.json" in hub.files(id, tag)
+
+
+def assert_whole(files):
+    """All files of a set, or none: those of the manifest, no others, with the recipe and a card that is theirs."""
+    data = {path for path in files if re.match(r"(images|soft_labels\w*)/", path)}
+    if "manifest.json" not in files:
+        assert not data
+        return
+    manifest = json.loads(files["manifest.json"])
+    assert data == set(manifest["files"])
+    assert {path: hashlib.sha256(files[path]).hexdigest() for path in data} == {
+        path: file["sha256"] for path, file in manifest["files"].items()
+    }
+    assert hashlib.sha256(files["recipe.yaml"]).hexdigest() == manifest["recipe_sha256"]
+    assert all(f"sha256:{value}" in files["README.md"].decode() for value in manifest["configs"].values())
+
+
+def changed_data(folder, to):
+    """A copy of a dataset folder with its labels the other way round, and the manifest and card that belong to it."""
+    import pyarrow.parquet as pq
+
+    shutil.copytree(folder, to)
+    manifest = json.loads((to / "manifest.json").read_text())
+    path = next(path for path in manifest["files"] if path.startswith("soft_labels/"))
+    table = pq.read_table(to / path)
+    pq.write_table(table.take(list(range(len(table)))[::-1]), to / path)
+    sha, old = hashlib.sha256((to / path).read_bytes()).hexdigest(), manifest["configs"]["soft_labels"]
+    manifest["files"][path] = {"sha256": sha, "bytes": (to / path).stat().st_size, "rows": len(table)}
+    manifest["configs"]["soft_labels"] = hashlib.sha256(sha.encode()).hexdigest()
+    (to / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    card = (to / "README.md").read_text().replace(old, manifest["configs"]["soft_labels"])
+    (to / "README.md").write_text(card)
+    return to
+
+
+def copy(folder, tmp_path):
+    return Path(shutil.copytree(folder, tmp_path / "dataset"))
+
+
+def edit(folder, text="measured"):
+    """What an evaluation does to a folder."""
+    (folder / "results.json").write_text(json.dumps({"about": text}))
+
+
+def commits(hub, id):
+    """Titles of what was committed since the repository was made, the newest first."""
+    return [commit.title for commit in hub.commits(id)][:-1]
+
+
+def asked(hub, method, path):
+    return [request for request in hub.log if request.method == method and re.search(path, request.path)]
+
+
+# What a user sees
+
+
+def test_a_run_becomes_one_commit_and_one_tag_on_it(hub, publish, dataset, name):
+    done = publish(dataset.parent, name)
+    assert (done.status, done.out) == (0, f"{hub.url}/datasets/{name}/tree/v1.0.0\n"), done.err
+    assert commits(hub, name) == ["v1.0.0"]
+    assert hub.tags(name) == {"v1.0.0": hub.commits(name)[0].oid}
+    files = hub.files(name, "v1.0.0")
+    local = {path.relative_to(dataset).as_posix(): path.read_bytes() for path in dataset.rglob("*") if path.is_file()}
+    assert set(files) == set(local)
+    assert {path for path in files if files[path] != local[path]} <= {"README.md"}
+    assert f'load_dataset("{name}"' in files["README.md"].decode()
+
+
+def test_the_same_content_again_does_nothing_and_says_so(hub, publish, dataset, name):
+    publish(dataset, name)
+    hub.clear()
+    again = publish(dataset, name)
+    assert again.status == 0 and "already; nothing to do" in again.err
+    assert not asked(hub, "POST", "/(commit|tag|preupload|create)")
+    hub.commit(name, {"README.md": hub.files(name)["README.md"] + b"\n## Mine\n\nWords.\n"})  # people may edit
+    assert "nothing to do" in publish(dataset, name).err
+    assert "nothing to do" in publish(dataset, name, "--tag", "v1.0.0").err
+
+
+def test_results_are_a_patch_and_data_a_minor_version(hub, publish, dataset, others, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    publish(folder, name)
+    edit(folder)
+    assert publish(folder, name).out.endswith("/tree/v1.0.1\n")
+    assert publish(others, name).out.endswith("/tree/v1.1.0\n")
+    assert "results.json" not in hub.files(name)  # they were of other data
+    assert "results.json" in hub.files(name, "v1.0.1")
+    assert commits(hub, name) == ["v1.1.0", "v1.0.1", "v1.0.0"]
+
+
+def test_other_classes_or_a_newer_format_are_a_major_version(publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    publish(folder, name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": "2.0"}))
+    assert publish(folder, name).out.endswith("/tree/v2.0.0\n")
+
+
+def test_other_content_under_a_tag_is_refused_with_the_next_free_version(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    before = hub.tags(name)
+    refused = publish(others, name, "--tag", "v1.0.0")
+    assert refused.status == 2 and "v1.0.0" in refused.err and "--tag v1.1.0" in refused.err
+    assert len(refused.err.splitlines()) == 1
+    assert hub.tags(name) == before and commits(hub, name) == ["v1.0.0"]
+    assert publish(others, name, "--tag", "v1.1.0").status == 0
+    assert hub.tags(name).items() > before.items()
+
+
+def test_what_people_added_to_the_card_stays(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    hub.commit(name, {"README.md": hub.files(name)["README.md"] + b"\n## Mine\n\nWords.\n"})
+    assert publish(others, name).status == 0
+    assert "## Mine\n\nWords." in hub.files(name, "v1.1.0")["README.md"].decode()
+    assert "nothing to do" in publish(others, name).err
+
+
+def test_a_dry_run_shows_operations_and_writes_nothing(hub, publish, dataset, name):
+    plan = publish(dataset, name, "--dry_run")
+    assert plan.status == 0 and f"datasets/{name}" not in hub.repos
+    size = (dataset / "manifest.json").stat().st_size
+    assert re.search(rf"add +manifest.json +{size:,} bytes", plan.out)
+    assert plan.out.startswith(f"create    dataset {name}\n") and plan.out.endswith("tag       v1.0.0\n")
+    assert not [request for request in hub.log if request.method not in ("GET", "HEAD")]
+    publish(dataset, name)
+    assert "nothing to do" in publish(dataset, name, "--dry_run").out
+
+
+def test_a_private_repository_is_private_and_a_public_one_is_not_taken_for_it(hub, publish, dataset, others, name):
+    publish(dataset, name, "--private")
+    assert hub.repo(name).private
+    assert publish(others, name, "--private").status == 0
+    public = f"{name[:50]}-public"
+    publish(dataset, public)
+    refused = publish(others, public, "--private")
+    assert refused.status == 2 and "is public" in refused.err and commits(hub, public) == ["v1.0.0"]
+
+
+def test_other_peoples_repositories_are_left_alone(hub, publish, dataset, name):
+    hub.commit(name, {"README.md": b"# mine\n", "data/train-0.parquet": b"rows"})
+    refused = publish(dataset, name)
+    assert refused.status == 2 and "left alone" in refused.err and commits(hub, name) == ["by hand"]
+    del hub.repos[f"datasets/{name}"]
+
+
+def test_a_folder_that_is_not_what_its_manifest_says_is_refused(hub, publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    file = next(folder.glob("soft_labels/*"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    refused = publish(folder, name)
+    assert refused.status == 2 and file.name in refused.err and f"datasets/{name}" not in hub.repos
+    file.unlink()
+    assert publish(folder, name).status == 2
+    assert "no finished set" in publish(tmp_path.parent, name).err
+
+
+def test_wrong_words_are_answered_in_one_line(publish, dataset):
+    for argv, said in (
+        ([dataset], "expected RUN and ORG/NAME"),
+        ([dataset, "nameonly"], "write ORG/NAME"),
+        ([dataset, "org/name", "--tag", "1.0"], "--tag v1.0.0"),
+        ([dataset, "org/name", "--tags", "v1.0.0"], "did you mean 'tag'"),
+        (["/nowhere/at/all", "org/name"], "no folder"),
+    ):
+        done = publish(*argv)
+        assert done.status == 2 and said in done.err and len(done.err.splitlines()) == 1
+
+
+# Readers
+
+
+def test_a_tag_loads_in_a_fresh_process_with_a_fresh_cache(hub, publish, dataset, name, tmp_path):
+    publish(dataset, name)
+    code = """
+    import sys
+    from datasets import get_dataset_config_names, load_dataset
+    from huggingface_hub import DatasetCard
+    id, folder = sys.argv[1:]
+    at = {"split": "train", "revision": "v1.0.0"}
+    assert sorted(get_dataset_config_names(id, revision="v1.0.0")) == ["images", "soft_labels"]
+    for config, rows in (("images", 10), ("soft_labels", 20)):
+        there, here = load_dataset(id, config, **at), load_dataset(folder, config, split="train")
+        assert there.features == here.features and len(there) == rows
+        raw = (there.with_format("arrow"), here.with_format("arrow"))
+        assert raw[0][:].equals(raw[1][:])  # the bytes of images too
+        streamed = load_dataset(id, config, streaming=True, **at)
+        assert streamed.features == there.features
+        assert [row.get("image_id") for row in streamed] == there["image_id"][:]
+    assert load_dataset(id, **at).features == load_dataset(id, "images", **at).features  # the default
+    one = load_dataset(id, "soft_labels", filters=[("epoch", "==", 1)], **at)
+    assert set(one["epoch"]) == {1} and len(one) == 10
+    card = DatasetCard.load(id)
+    card.validate()
+    assert {config["config_name"] for config in card.data.configs} == {"images", "soft_labels"}
+    from edc_hub import CondensedSet
+    ours, local = CondensedSet.load(id, revision="v1.0.0"), CondensedSet.load(folder)
+    assert (ours.images == local.images).all() and (ours.views(1)[1] == local.views(1)[1]).all()
+    """
+    done = python(code, hub.url, tmp_path / "home", None, name, str(dataset))
+    assert done.returncode == 0, done.stderr
+
+
+def test_folders_of_one_name_and_a_rewritten_one_read_back_right(dataset, others, tmp_path):
+    code = """
+    import shutil, sys
+    from datasets import load_dataset
+    first, second, place = sys.argv[1:]
+    epoch = lambda folder: load_dataset(folder, "soft_labels", split="train")[0]["epoch"]
+    assert (epoch(first), epoch(second)) == (0, 1)  # both are called dataset
+    shutil.copytree(first, place)
+    assert epoch(place) == 0
+    shutil.rmtree(place)
+    shutil.copytree(second, place)
+    assert epoch(place) == 1
+    """
+    done = python(code, "http://127.0.0.1:9", tmp_path / "home", None, dataset, others, tmp_path / "dataset")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_full_disk_while_downloading_is_one_line_and_the_next_call_succeeds(hub, publish, dataset, name, tmp_path):
+    publish(dataset, name)
+    size = max(file.stat().st_size for file in dataset.glob("*/*.parquet"))
+    code = """
+    import resource, sys
+    from edc_hub import CondensedSet
+    from edc_hub.errors import InputError
+    id, most = sys.argv[1], int(sys.argv[2])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        CondensedSet.load(id).images
+        CondensedSet.load(id).views(0)
+    except InputError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert CondensedSet.load(id).images.shape[0] == 10
+    assert len(CondensedSet.load(id).views(0)[1]) == 10
+    """
+    done = python(code, hub.url, tmp_path / "home", None, name, str(size // 2))
+    assert done.returncode == 0, done.stderr
+    assert "cannot write" in done.stdout and len(done.stdout.splitlines()) == 1
+
+
+def test_a_condensed_set_pushes_itself_and_what_was_loaded_goes_on_to_another_name(hub, dataset, name, tmp_path):
+    code = """
+    import sys
+    from edc_hub import CondensedSet
+    folder, id = sys.argv[1:]
+    assert CondensedSet.load(folder).push(id) == "v1.0.0"
+    assert CondensedSet.load(id, revision="v1.0.0").push(id + "-fork") == "v1.0.0"
+    """
+    done = python(code, hub.url, tmp_path / "home", hub.token, str(dataset), name)
+    assert done.returncode == 0, done.stderr
+    first, fork = hub.files(name), hub.files(f"{name}-fork")
+    assert {path for path in first if first[path] != fork[path]} == {"README.md"}
+
+
+# What goes wrong on the way
+
+STEPS = {
+    "whoami": ("GET", "/whoami"),
+    "info": ("GET", r"/api/datasets/[^/]+/[^/]+$"),
+    "create": ("POST", "/repos/create"),
+    "refs": ("GET", "/refs"),
+    "commits": ("GET", "/commits/"),
+    "tree": ("GET", "/tree/"),
+    "card": ("POST", "/validate-yaml"),
+    "preupload": ("POST", "/preupload/"),
+    "batch": ("POST", "/objects/batch"),
+    "upload": ("PUT", "/lfs/"),
+    "verify": ("POST", "/verify"),
+    "commit": ("POST", "/commit/"),
+    "tag": ("POST", "/tag/"),
+}
+
+
+@pytest.mark.parametrize("fault", ["500", "429", "cut", "lost"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_passing_fault_at_any_step_is_survived(hub, publish, dataset, name, step, fault):
+    method, path = STEPS[step]
+    if fault == "500":
+        hub.fail(method, path, 500, times=2)
+    elif fault == "429":
+        hub.fail(method, path, 429, headers={"Retry-After": "7"})
+    elif fault == "cut":
+        hub.cut(path, after=20, method=method)
+    else:
+        hub.lose(method, path)
+    done = publish(dataset, name)
+    assert done.status == 0, done.err
+    assert hub.tags(name) == {"v1.0.0": hub.commits(name)[0].oid} and commits(hub, name) == ["v1.0.0"]
+    if fault == "429":
+        assert any(7 <= seconds <= 8 for seconds in done.slept)
+
+
+@pytest.mark.parametrize("step", ["create", "refs", "commit", "tag"])
+def test_a_fault_that_stays_ends_in_one_line_and_the_next_call_goes_on(hub, publish, dataset, others, name, step):
+    publish(dataset, name)
+    if step == "create":
+        del hub.repos[f"datasets/{name}"]
+    before = dict(hub.tags(name)) if step != "create" else {}
+    hub.clear()
+    hub.fail(*STEPS[step], 503, times=math.inf)
+    stopped = publish(others, name)
+    assert stopped.status == 2 and "503" in stopped.err.splitlines()[-1] and "Traceback" not in stopped.err
+    assert len(asked(hub, *STEPS[step])) <= 5 and sum(stopped.slept) < 120
+    if step != "create":
+        assert hub.tags(name) == before
+    hub.clear()
+    assert publish(others, name).status == 0
+    assert len(commits(hub, name)) == len(hub.tags(name)) == (1 if step == "create" else 2)
+
+
+def test_no_network_is_one_line(publish, hub, dataset, name):
+    hub.cut(".*", times=math.inf)
+    done = publish(dataset, name)
+    assert done.status == 2 and "cannot be reached" in done.err.splitlines()[-1] and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("step", ["whoami", "info", "create", "preupload", "commit", "tag"])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_token_is_one_line_with_what_to_do(hub, publish, dataset, name, step, status):
+    hub.fail(*STEPS[step], status, times=math.inf)
+    done = publish(dataset, name)
+    last = done.err.splitlines()[-1]
+    assert done.status == 2 and str(status) in last and "hf auth login" in last and "Traceback" not in done.err
+    assert sum(done.slept) == 0  # not tried again
+    hub.clear()
+    assert publish(dataset, name).status == 0 and len(commits(hub, name)) == 1
+
+
+def test_tokens_that_may_not_write_are_named_before_anything_is_sent(hub, publish, dataset, name):
+    for token, said in (
+        ("", "no token"),
+        ("hf_unknown", "does not know the token"),
+        (hub.read_token, "may only read"),
+        (hub.stranger_token, "may not write there"),
+        ("hf_tökén", "characters that no token has"),
+    ):
+        done = publish(dataset, name, token=token)
+        assert done.status == 2 and said in done.err and len(done.err.splitlines()) == 1
+        assert not token or token not in done.err
+    assert f"datasets/{name}" not in hub.repos
+
+
+# Others who write
+
+
+def test_a_commit_in_between_is_noticed_and_planned_anew(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    hub.when("POST", "/commit/", lambda: hub.commit(name, {"NOTES.md": b"theirs"}))
+    done = publish(others, name)
+    assert done.status == 0 and "somebody else" in done.err
+    assert commits(hub, name) == ["v1.1.0", "by hand", "v1.0.0"] and hub.files(name)["NOTES.md"] == b"theirs"
+
+
+def test_another_version_in_between_is_never_mixed_with_ours(hub, publish, second, dataset, others, name, tmp_path):
+    # the client leaves out what main has already: were it asked before theirs and sent after, theirs would stay
+    publish(dataset, name)
+    folder = copy(dataset, tmp_path)
+    edit(folder)
+    hub.when("POST", "/commit/", lambda: second(others, name))
+    done = publish(folder, name)
+    assert done.status == 0
+    assert commits(hub, name) == ["v1.2.0", "v1.1.0", "v1.0.0"]  # ours after theirs: other data
+    assert json.loads(hub.files(name)["results.json"])
+
+
+def test_a_tag_in_between_is_not_moved(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    theirs = hub.commits(name)[0].oid
+    hub.when("POST", "/tag/", lambda: hub.repo(name).tags.update({"v1.1.0": theirs}))
+    done = publish(others, name, "--tag", "v1.1.0")
+    assert done.status == 2 and "never moves" in done.err and hub.tags(name)["v1.1.0"] == theirs
+    free = re.search(r"--tag (v\S+),", done.err)[1]
+    assert publish(others, name, "--tag", free).status == 0
+    assert len(commits(hub, name)) == 2  # the commit that was there
+
+
+def test_a_default_tag_taken_in_between_gives_the_next(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    theirs = hub.commits(name)[0].oid
+    hub.when("POST", "/tag/", lambda: hub.repo(name).tags.update({"v1.1.0": theirs}))
+    assert publish(others, name).out.endswith("/tree/v1.2.0\n")
+    assert hub.tags(name)["v1.1.0"] == theirs and len(commits(hub, name)) == 2
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_two_publishers_at_once_give_whole_versions(hub, publish, second, dataset, others, name, same):
+    hub.delay("POST", "/(commit|tag|create)", 0.1, times=math.inf)
+    done = []
+    jobs = ((publish, dataset), (second, dataset if same else others))
+    threads = [threading.Thread(target=lambda job=job: done.append(job[0](job[1], name))) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [each.status for each in done] == [0, 0], [each.err for each in done]
+    assert len(commits(hub, name)) == len(hub.tags(name)) == (1 if same else 2)
+    assert sorted(each.out.split("/")[-1].strip() for each in done) == (
+        ["v1.0.0", "v1.0.0"] if same else sorted(hub.tags(name))
+    )
+
+
+# Processes that die
+
+
+@pytest.mark.parametrize("step", ["upload", "commit", "tag"])
+def test_killed_at_any_step_the_next_call_goes_on(hub, publish, dataset, others, name, tmp_path, step):
+    publish(dataset, name)
+    dying = Publisher(hub, tmp_path / "home")
+    hub.clear()
+    hub.when(*STEPS[step], lambda: os.kill(dying.process.pid, signal.SIGKILL))
+    hub.fail(*STEPS[step], 500)  # what it asked for last is not carried out
+    assert dying(others, name) is None
+    dying.process.wait(30)
+    assert list(hub.tags(name)) == ["v1.0.0"] and len(commits(hub, name)) == (2 if step == "tag" else 1)
+    hub.clear()
+    ours = hub.commits(name)[0].oid
+    hub.commit(name, {"NOTES.md": b"since"})
+    assert publish(others, name).out.endswith("/tree/v1.1.0\n")
+    if step == "tag":  # that very commit, whatever was committed since
+        assert hub.tags(name)["v1.1.0"] == ours and len(commits(hub, name)) == 3
+        assert not asked(hub, "PUT", "/lfs/")
+    else:
+        assert hub.tags(name)["v1.1.0"] == hub.commits(name)[0].oid
+
+
+def test_uploaded_files_are_not_sent_again(hub, publish, dataset, name):
+    hub.fail("POST", "/commit/", 503, times=math.inf)
+    publish(dataset, name)
+    sent = asked(hub, "PUT", "/lfs/")
+    assert len(sent) == len(set(sent)) >= 2
+    hub.clear()
+    assert publish(dataset, name).status == 0 and not asked(hub, "PUT", "/lfs/")
+
+
+# Settings
+
+
+def test_an_endpoint_without_xet_names_the_setting(hub, dataset, name, tmp_path):
+    code = "import sys; from edc_hub import publish; sys.exit(publish.main(sys.argv[1:]))"
+    command = (code, hub.url, tmp_path / "home", hub.token, str(dataset), name)
+    done = python(*command, HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 2 and "HF_HUB_DISABLE_XET=1" in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    assert python(*command).returncode == 0
+    offline = python(*command, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 2 and "HF_HUB_OFFLINE" in offline.stderr.splitlines()[-1]
+
+
+def test_the_token_is_nowhere(hub, publish, dataset, others, name, tmp_path):
+    seen = []
+
+    def processes():
+        for place in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                seen.append(place.read_bytes())
+            except OSError:
+                pass  # it ended
+
+    home = tmp_path / "home"
+    publisher = Publisher(hub, home, HF_DEBUG="1")
+    hub.when("PUT", "/lfs/", processes)
+    hub.when("POST", "/commit/", processes)
+    hub.fail("POST", "/commit/", 500)
+    publisher(dataset, name)
+    for status in (401, 403, 400, 404, 409, 418):
+        hub.fail("POST", "/commit/", status, times=math.inf, headers={"X-Error-Message": f"no: Bearer {hub.token}"})
+        assert publisher(others, name).status in (1, 2)
+        hub.clear()
+    publisher(dataset, name, "--token", hub.token)
+    publisher.close()
+    publisher.errors.seek(0)
+    texts = {"said": "".join(publisher.said), "errors": publisher.errors.read(), "log": repr(hub.log)}
+    texts |= {"processes": b"\n".join(seen).decode(errors="replace")}
+    for folder in (dataset, others, home):
+        texts |= {str(path): path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()}
+    texts |= {path: data.decode("latin-1") for path, data in hub.files(name).items()}
+    texts |= {commit.oid: commit.title + commit.message for commit in hub.commits(name)}
+    assert seen and not [place for place, text in texts.items() if hub.token in text]

@@ -1,0 +1,69 @@
+"""What a card says of its own lines of code: they are what is measured, for each prefix."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from edc_hub import card, recipes, results, showcase
+
+
+def test_a_prefix_is_the_example_with_a_filter():
+    assert showcase.prefixes(10) == [1, 2, 5, 10] and showcase.prefixes(1) == [1]
+    assert showcase.prefixes(50) == [1, 2, 5, 10, 20, 50] and showcase.prefixes(7) == [1, 2, 5, 7]
+    code = 'ds = load_dataset("dataset", "images", split="train").with_format("torch", ["image"])\n'
+    assert showcase.prefix(code, 10, 10) == code
+    assert '"train").filter(lambda row: row["ipc_index"] < 2).with_format("torch"' in showcase.prefix(code, 2, 10)
+
+
+def test_figures_go_into_results_and_card_and_stay(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    results.write({"about": {}}, folder)
+    showcase.publish(folder, [{"images_per_class": 1, "accuracy": [0.5]}, {"images_per_class": 2, "accuracy": [0.6]}])
+    results.write({"about": {"new": True}}, folder)
+    written = json.loads((folder / "results.json").read_text("utf-8"))
+    assert written["about"] == {"new": True} and written["prefixes"][1]["accuracy"] == [0.6]
+    text = card.again(folder, "org/toy")
+    assert card.marked(text, "example") == "60.0 %, 1 student."
+    assert "| 1 | 50.0 % |\n| 2 | 60.0 % |" in card.marked(text, "prefixes")
+
+
+def test_what_is_measured_are_the_lines_of_the_card(dataset, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(dataset, run / "dataset")
+    shutil.copyfile(dataset / "recipe.yaml", run / "recipe.yaml")
+    ran = []
+
+    def train(place, code, seed, images, labels):
+        ran.append((code, seed))
+        assert place == run and images.dtype == torch.uint8 and len(images) == len(labels)
+        return 0.25
+
+    monkeypatch.setattr(showcase, "_train", train)
+    found = showcase.measure(run, 2)
+    assert found == [{"images_per_class": k, "accuracy": [0.25, 0.25]} for k in (1, 2)]
+    shown = (run / "dataset/README.md").read_text("utf-8")
+    assert [seed for _, seed in ran] == [0, 1, 0, 1] and f"```python\n{ran[-1][0]}\n```" in shown
+
+
+def test_the_lines_are_trained_and_tested(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "dataset")
+    recipe = recipes.load(dataset / "recipe.yaml")
+    assert recipe["evaluation"]["epochs"] == 2
+    code = card.DatasetCard.load(dataset / "README.md").text
+    code = code.split("```python\n")[1].split("```")[0]
+    images, labels = torch.zeros((7, 3, 16, 16), dtype=torch.uint8), torch.zeros(7, dtype=torch.int64)
+    accuracy = showcase._train(tmp_path, showcase.prefix(code, 1, 2), 0, images, labels)
+    assert accuracy in (0, 1) and accuracy == showcase._train(tmp_path, showcase.prefix(code, 1, 2), 0, images, labels)
+
+
+def test_a_run_without_a_set_is_refused(tmp_path, capsys):
+    assert showcase.main([str(tmp_path)]) == 2
+    assert "no finished set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("accuracy", "said"), [([0.5], "50.0 %"), ([0.4, 0.6], "50.0 ± 14.1 %")])
+def test_percent(accuracy, said):
+    assert showcase._percent(accuracy) == said
