@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torchvision
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -122,6 +122,8 @@ def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
         except RemoteEntryNotFoundError:
             continue
         except OSError as error:
+            if isinstance(error, LocalEntryNotFoundError) and name != names[-1]:
+                continue  # without a network: what the cache has
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"weights: cannot get {repo} from the Hub ({reason}); check the id or give a file"

@@ -69,11 +69,12 @@ def recipe(ipc: int = 2, **sections) -> Recipe:
     return Recipe(**{"name": "toy", "ipc": ipc, "observers": {"networks": networks}, **sections})
 
 
-def real(classes: int) -> SimpleNamespace:
+def real(classes: int, size: int = 16) -> SimpleNamespace:
     """What the writer of a set asks of the real set."""
     names = [f"class {i}" for i in range(classes)]
+    source = SOURCE if size == 16 else noise(120, size, seed=9)
     known = {"id": "toys/blocks", "commit": "c0ffee" * 6 + "0000", "fingerprint": "f" * 16}
-    return SimpleNamespace(names=names, images=lambda rows: SOURCE[rows], **known)
+    return SimpleNamespace(names=names, images=lambda rows: source[rows], **known)
 
 
 CLASSES, IPC = 5, 2
@@ -108,7 +109,7 @@ def written(
         recipe=given,
         files=files,
         initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat([rows + 100, rows - 5], 1)),
-        real=real(CLASSES),
+        real=real(CLASSES, size),
         labels=labels.obtain(given, condensed.decode(files), observers, session),
         observers=observers,
         control=control,
