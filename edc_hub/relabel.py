@@ -54,10 +54,10 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     """Labels the images, and random real ones as controls, on every process of the group; returns the dataset."""
     import torch
 
-    from . import condense, observers, work
+    from . import observers, pictures, work
     from .initialize import Initial
 
-    clock = condense.Clock(session)
+    clock = pictures.Clock(session)
     with clock("source"):
         foreign, recipe, real = read(parsed)
         launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
@@ -69,20 +69,20 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     unknown = Initial(foreign.images, torch.full((len(foreign.images), 1), -1, dtype=torch.int32), "")
-    made = condense.Pictures("relabel", folder / "dataset", foreign.images, unknown, None, foreign.facts)
+    made = pictures.Pictures("relabel", folder / "dataset", foreign.images, unknown, None, foreign.facts)
     with clock(made.label):
-        wrote = condense.label_and_write(recipe, real, watching, made, session)
+        wrote = pictures.label_and_write(recipe, real, watching, made, session)
     if recipe.relabel.controls:
         alike = _at(real, recipe, foreign.images.shape[-1])
-        for pictures in condense.controls(recipe, alike, unknown, folder):
-            if pictures.control == "random":  # what these images started from nobody knows
-                with clock(pictures.label):
-                    wrote |= condense.label_and_write(recipe, alike, watching, pictures, session)
+        for each in pictures.controls(recipe, alike, unknown, folder):
+            if each.control == "random":  # what these images started from nobody knows
+                with clock(each.label):
+                    wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
     if session.state.is_main_process:
         if wrote or not (folder / "run.json").exists():
-            condense.write_facts(real, clock, folder, session)
+            pictures.write_facts(real, clock, folder, session)
         _say_agreement(made.place, session)
-        condense.say_where(recipe, real, made.place, session)
+        pictures.say_where(recipe, real, made.place, session)
     return made.place
 
 

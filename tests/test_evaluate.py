@@ -321,7 +321,7 @@ def test_two_processes_give_the_figures_of_one(whole, toy_run, tmp_path):
 def test_a_killed_evaluation_goes_on_to_the_same_figures(toy_run, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))  # of other tests
-    more = ["--seeds", "0", "--evaluation.epochs", "400", "--controls", "initial", "--checkpoint_seconds", "0"]
+    more = ["--seeds", "0", "--evaluation.epochs", "120", "--controls", "initial", "--checkpoint_seconds", "0"]
     killed = subprocess.Popen(
         [*MODULE, "--dataset", str(runs / "first"), *more, *MACHINE], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )

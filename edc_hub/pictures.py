@@ -1,0 +1,128 @@
+"""What `condense` and `relabel` share once there are images: controls, labels, dataset folders, what was measured."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .recipe import Recipe
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .initialize import Initial
+    from .observers import Observers
+    from .source import RealSet
+    from .work import Session
+
+
+class Pictures(NamedTuple):
+    """A set of images to be labelled and written: the condensed ones, or those of a control."""
+
+    label: str
+    place: Path
+    images: "Tensor"  # uint8 (N, 3, s, s)
+    initial: "Initial"
+    control: str | None
+    origin: dict | None = None  # of images that were not made here
+    epochs: int | None = None  # label epochs of a control: those of its set
+
+
+def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) -> Iterator[Pictures]:
+    """What synthesis is held against: the images it started from, and draws of random real images.
+
+    They are labelled for as many epochs as the set, which is written before the first is asked for.
+    """
+    import torch
+
+    from . import condensed, initialize, work
+
+    epochs = condensed.CondensedSet.load(folder / "dataset").epochs
+    place = folder / "controls" / "initial"
+    yield Pictures("control initial", place, initial.images, initial, "initial", epochs=epochs)
+    generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
+    draws = [initialize.random_rows(real, recipe.ipc, generator) for generator in generators]
+    real.keep(torch.cat(draws))  # a stream is read once for all of them
+    for draw, rows in enumerate(draws):
+        start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
+        place = folder / "controls" / "random" / str(draw)
+        yield Pictures(f"control random {draw}", place, start.images, start, "random", epochs=epochs)
+
+
+def label_and_write(
+    recipe: Recipe, real: "RealSet", watching: "Observers", pictures: Pictures, session: "Session"
+) -> bool:
+    """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
+    from . import condensed, labels
+
+    files = condensed.encode(pictures.images, recipe.images)
+    soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
+    wrote = False
+    if session.state.is_main_process:
+        wrote = condensed.write(
+            pictures.place,
+            recipe=recipe,
+            files=files,
+            initial=pictures.initial,
+            real=real,
+            labels=soft,
+            observers=watching,
+            control=pictures.control,
+            origin=pictures.origin,
+        )
+    session.wait()
+    return wrote
+
+
+class Clock:
+    """Times the stages: a line on stderr for each, and `seconds` for run.json."""
+
+    def __init__(self, session: "Session"):
+        self.session, self.seconds = session, {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 2)
+        self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
+
+
+def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session") -> None:
+    """Writes run.json, what was measured."""
+    import resource
+
+    import torch
+
+    from . import work
+
+    gpu = torch.cuda.is_available() and session.device.type == "cuda"
+    facts = {
+        "seconds": clock.seconds,
+        "processes": session.state.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else 0.0,
+        "source": {"id": real.id, "commit": real.commit, "fingerprint": real.fingerprint},
+        "versions": {name: version(name) for name in ("torch", "datasets", "transformers", "timm", "accelerate")},
+        "python": platform.python_version(),
+    }
+    work.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+
+
+def say_where(recipe: Recipe, real: "RealSet", dataset: Path, session: "Session") -> None:
+    """Says where the set is, its size, and how to load it."""
+    size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
+    count = len(real.names) * recipe.ipc
+    session.report(
+        f"\n{count} images, {size / 2**20:.1f} MiB in {dataset}\n"
+        f'  from datasets import load_dataset\n  load_dataset("{dataset}", split="train")'
+    )
