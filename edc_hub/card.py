@@ -1,6 +1,6 @@
 """The card of a condensed set and its picture: rendered from the manifest and the recipe, with no facts of its own."""
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from . import codecs, documents, recipes, snippets, terms
+from . import codecs, recipes, snippets, terms
 from .errors import InputError
 from .recipe import Evaluation
 from .tables import Written
@@ -21,8 +21,8 @@ TEMPLATE = terms.CARDS / "card.md.jinja"
 MEASURED = ("results", "prefixes", "example")
 """Places of a card between the marks `<!-- name -->` and `<!-- /name -->`, filled when students were trained."""
 
-_NOTHING = "Not measured yet."
 _BLOCKS = ("configs", "dataset_info")
+_LICENSE = ("license", "license_name", "license_link")
 
 
 def render(
@@ -43,22 +43,36 @@ def render(
     return kept(text, old.read_text(encoding="utf-8")) if old and old.is_file() else text
 
 
-def again(folder: Path, repo: str, *, own: str = "") -> str:
-    """The text of README.md of a finished dataset folder, for `load_dataset(repo)`.
+def again(
+    old: str, manifest: dict[str, Any], evaluation: Evaluation, repo: str, published: dict[str, Any] | None = None
+) -> str:
+    """The text of README.md of a finished set, for `load_dataset(repo)`, in place of the card `old`.
 
-    What was measured, and what a person added to the folder's card or to the card `own`, is in it again.
+    What was measured, and what a person added, is in it again; accuracies of other lines than it shows are not.
+    Args: published: weights, arch and bytes of each observer that is published beside the set.
     """
-    old = (folder / "README.md").read_text(encoding="utf-8")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
     blocks = {name: value for name, value in DatasetCard(old).data.to_dict().items() if name in _BLOCKS}
-    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo)
+    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
+    stamp = of_example(manifest, evaluation)
     for name in MEASURED:
-        text = filled(text, name, marked(old, name) or _NOTHING)
-    return kept(kept(text, old), own) if own else kept(text, old)
+        there = marked(old, name)
+        if there and (name == "results" or stamp in there):
+            text = filled(text, name, there)
+    return kept(text, old)
 
 
-def _rendered(metadata: DatasetCardData, manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
+def of_example(manifest: dict[str, Any], evaluation: Evaluation) -> str:
+    """What stands beside accuracies of the example; readers of the card do not see it."""
+    return f"<!-- of the example sha256:{snippets.digest(manifest, evaluation)} -->"
+
+
+def _rendered(
+    metadata: DatasetCardData,
+    manifest: dict[str, Any],
+    evaluation: Evaluation,
+    repo: str,
+    published: dict[str, Any] | None = None,
+) -> str:
     images, soft, source = manifest["images"], manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
     steps = {
         f"shuffle of {soft['shuffle']}x{soft['shuffle']} strips": soft["shuffle"],
@@ -97,6 +111,8 @@ def _rendered(metadata: DatasetCardData, manifest: dict[str, Any], evaluation: E
         replay=snippets.replay(repo),
         stream=snippets.stream(manifest, repo),
         label_columns=codecs.described(soft, len(manifest["classes"])),
+        pinned=f" --source.revision {source['commit']}" if source["commit"] else "",
+        published=published or {},
         steps=" → ".join(step for step, used in steps.items() if used),
     )
     return made.content.rstrip() + "\n"  # Jinja drops the last line's end
@@ -129,7 +145,7 @@ def kept(text: str, old: str) -> str:
     """The card `text` with the sections, metadata keys and tags that a person added to the card `old`.
 
     A section is a person's if its heading is none of the template's; it comes behind the section it stood behind. A
-    license in `old` stands where the source states none.
+    tag is, if no card of ours would have it. A license in `old` stands where the source states none.
     """
     new = DatasetCard(text)
     try:
@@ -137,9 +153,12 @@ def kept(text: str, old: str) -> str:
     except yaml.YAMLError as error:
         raise InputError("README.md: its metadata is broken YAML; correct it, between the lines of ---") from error
     data, added = new.data.to_dict(), theirs.data.to_dict()
-    if data["license"] == "unknown" and added.get("license"):
-        data["license"] = added["license"]
-    data["tags"] = list(dict.fromkeys([*data["tags"], *(added.get("tags") or [])]))
+    license = {name: value for name in _LICENSE if (value := added.pop(name, None))}
+    if data["license"] == "unknown":
+        data |= license
+    methods = {*recipes.methods(), "relabel"}  # a set of another method or size was here
+    tags = [tag for tag in added.get("tags") or [] if tag not in methods and not re.fullmatch(r"ipc-\d+", str(tag))]
+    data["tags"] = list(dict.fromkeys([*data["tags"], *tags]))
     data |= {name: value for name, value in added.items() if name not in data}
     sections, known = _sections(new.text), set(_sections(TEMPLATE.read_text(encoding="utf-8")))
     names, last = list(sections), ""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch is imported once the keys are known to be right
 
 _FLAGS = {"print_recipe": "print the resolved recipe and what its rows are called"}
 _SHIPPED = recipes.ROOT / "evaluation"
+_ONE_TEACHER = ("rded", "sre2l", "rd3")  # protocols whose labels are those of one trained ResNet-18
 _MADE = ("name", "method", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # decide what a set is
 _OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure need not share
 
@@ -176,7 +177,7 @@ def _refuse_seen_holdout(comparison: Comparison, first: "CondensedSet") -> None:
             "split: holdout, but the set was condensed from all training images (source.holdout 0); condense with "
             "--source.holdout 0.1, or write --split test"
         )
-    for key in ("holdout", "holdout_seed"):
+    for key in ("name", "train_split", "label_column", "classes", "holdout", "holdout_seed"):
         ours = getattr(comparison.source, key)
         if ours != carried[key]:
             raise InputError(
@@ -192,7 +193,9 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     below = [evaluation]
     if protocol != evaluation.get("protocol"):
         below = [{"protocol": protocol}, *_blocks(protocol, first)]
-    under = [{"source": carried["source"]}, *({"evaluation": block} for block in below)]
+    below = recipes.layered(below, Evaluation)
+    recipes.let_through(below, given.get("evaluation") or {})
+    under = [{"source": carried["source"]}, {"evaluation": below}]
     return recipes.layered([*under, given], Comparison)
 
 
@@ -202,14 +205,28 @@ def _blocks(protocol: str, first: "CondensedSet") -> list[dict[str, Any]]:
 
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     """The protocol's name, and in brackets every value that is not the preset's: `rd3 (labels stored)`."""
-    preset = Evaluation.model_validate(recipes.layered(_blocks(section.protocol, first), Evaluation))
-    ours, theirs = section.model_dump(), preset.model_dump()
+    preset = recipes.layered(_blocks(section.protocol, first), Evaluation)
+    ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
     named = {"protocol", "students", "teachers"}
     if section.augment != "own":
         named.add("view")  # not in use
+    recipes.let_through(preset, {key: value for key, value in ours.items() if value != theirs[key]})
+    theirs["per_student"] = preset["per_student"]
     changed = [key for key in ours if key not in named and ours[key] != theirs[key]]
     values = [f"{key} {_value(ours[key], theirs[key])}" for key in changed]
+    if section.labels == "stored" and first.epochs < section.epochs:
+        values.append(f"{first.epochs} label epochs")
+    nets = _labelling(section, first)
+    if section.protocol in _ONE_TEACHER and section.labels != "hard" and nets != ["resnet18"]:
+        values.append(f"labels of {len(nets)} networks" if len(nets) > 1 else f"labels of {nets[0]}")
     return f"{section.protocol} ({', '.join(values)})" if values else section.protocol
+
+
+def _labelling(section: Evaluation, first: "CondensedSet") -> list[str]:
+    """Architectures of the networks whose logits students learn from."""
+    if section.labels == "online" and section.teachers:
+        return [net.arch for net in section.teachers]
+    return [net["arch"] for net in first.manifest["observers"] if "relabel" in net["roles"]]
 
 
 def _value(ours: Any, theirs: Any) -> str:

@@ -7,7 +7,6 @@ Equal inputs give equal bytes. A folder is built beside its place and renamed in
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
@@ -21,11 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import __version__, card, codecs, documents, hub, likeness, manifest, recipes, tables, terms, views, work
+from . import card, codecs, documents, hub, likeness, manifest, recipes, tables, terms, views, work
+from .contents import OBSERVERS
 from .errors import InputError
 from .labels import Labels
-from .manifest import FORMAT_VERSION
 from .recipe import Images, Recipe, Relabel
+from .remote import Parquet
 from .views import ViewTable
 
 
@@ -88,6 +88,7 @@ def write(
     known = manifest.facts(recipe, files, real, labels, observers, control, published)
     if origin:
         known["origin"] = origin
+    known["source"] |= terms.of(real.id, recipe.source.path, real.commit)
     made_here = control is None and origin is None
     known["fingerprint"] = work.fingerprint(
         "dataset",
@@ -99,7 +100,7 @@ def write(
     )
     for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
-    if _holds(folder, known["fingerprint"]):
+    if manifest.is_of(folder, known["fingerprint"]):
         return False
     part = work.temporary(folder)
     try:
@@ -115,7 +116,6 @@ def write(
         pictures = [decode(files[row] for row in shown.tolist())]
         pictures = [initial.images[shown], *pictures] if made_here else pictures
         work.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
-        known["source"] |= terms.of(real.id, recipe.source.path, real.commit)
         if made_here:
             whole = recipe.initialize.kind != "rded"  # which cuts crops, though there may be one an image
             known["likeness"] = likeness.facts(files, decode, initial.source_rows, real, whole=whole)
@@ -141,31 +141,28 @@ def _replace(part: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _holds(folder: Path, fingerprint: str) -> bool:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        sizes = {path: (folder / path).stat().st_size for path in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    whole = all(manifest["files"][path]["bytes"] == size for path, size in sizes.items())
-    return whole and manifest["fingerprint"] == fingerprint
-
-
 class CondensedSet:
     """A condensed set of N images and C classes, from a folder or the Hub. Make one with `CondensedSet.load`."""
 
-    def __init__(self, manifest: dict[str, Any], fetch: Callable[[str], Path]):
-        self.manifest, self._fetch = manifest, fetch
+    def __init__(
+        self,
+        manifest: dict[str, Any],
+        fetch: Callable[[str], Path],
+        remote: Callable[[list[str]], Parquet] | None = None,
+    ):
+        self.manifest, self._fetch, self._remote = manifest, fetch, remote
 
     @classmethod
-    def load(cls, folder_or_id: str | Path, *, revision: str | None = None) -> "CondensedSet":
+    def load(cls, folder_or_id: str | Path, *, revision: str | None = None, streaming: bool = False) -> "CondensedSet":
         """Opens a dataset folder of a finished run, or a set on the Hub; images and labels are read when asked for.
 
+        Args: revision: tag, branch or commit on the Hub; streaming: of a set on the Hub, `views(epoch)` downloads
+        the row groups of that epoch and keeps none.
         Errors: InputError for a place without a finished set, and for a format that this version does not know.
         """
         place = str(folder_or_id)
         if Path(place).is_dir():
-            folder, fetch = Path(place), lambda _: Path(place)
+            folder, fetch, streaming = Path(place), lambda _: Path(place), False
         else:
             folder = hub.fetch(place, revision, "manifest.json")
             fetch = partial(hub.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
@@ -175,18 +172,7 @@ class CondensedSet:
             finished = (inside / "manifest.json").is_file()
             hint = f"give {inside}" if finished else "give the dataset folder of a finished run"
             raise InputError(f"{place}: no condensed set here, manifest.json is missing; {hint}")
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            written = str(manifest["format_version"])
-            newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again") from error
-        if newer:
-            raise InputError(
-                f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads "
-                f"up to {FORMAT_VERSION}; pip install --upgrade edc-hub, or load an older revision of the set"
-            )
-        return cls(manifest, fetch)
+        return cls(manifest.read(path, place), fetch, partial(Parquet, place, folder.name) if streaming else None)
 
     def __repr__(self) -> str:
         count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
@@ -216,6 +202,12 @@ class CondensedSet:
         return carried
 
     @cached_property
+    def published_observers(self) -> dict[str, dict[str, Any]] | None:
+        """Weights, arch and bytes of each observer that is published beside the set; None where none are."""
+        file = self._fetch(OBSERVERS) / OBSERVERS
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    @cached_property
     def run(self) -> Path | None:
         """The run folder that this set lies in, where it is one's own; None for a set on its own."""
         folder = self._fetch("manifest.json")
@@ -228,7 +220,9 @@ class CondensedSet:
         return pyarrow.dataset.dataset(self._files("images")).to_table()
 
     @cached_property
-    def _labelled(self) -> pyarrow.dataset.Dataset:
+    def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
+        if self._remote:
+            return self._remote([path for path in self.manifest["files"] if path.startswith("soft_labels/")])
         return pyarrow.dataset.dataset(self._files("soft_labels"))
 
     def _files(self, config: str) -> list[str]:
@@ -239,12 +233,17 @@ class CondensedSet:
                 raise InputError(f"{file}: missing, though manifest.json names it; load or write the set again")
         return [str(file) for file in files]
 
-    @cached_property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of the `images` files, and of the `soft_labels` files what labels take and what the `views` do."""
-        images, soft = self._files("images"), self._files("soft_labels")
-        labels, total = tables.column_bytes(soft, codecs.COLUMNS)
-        return {"images": sum(map(os.path.getsize, images)), "labels": labels, "views": total - labels}
+    def sizes(self, labels: str) -> dict[str, int]:
+        """Bytes that a student with this source of labels (`evaluation.labels`) reads: `images`, `labels`, `views`.
+
+        The one soft label of each image lies in the files of the images and counts as a label, of `mean` alone.
+        """
+        mean, total = tables.column_bytes(self._files("images"), ("soft_label",))
+        found = {"images": total - mean, "labels": mean if labels == "mean" else 0, "views": 0}
+        if labels == "stored":
+            found["labels"], total = tables.column_bytes(self._files("soft_labels"), codecs.COLUMNS)
+            found["views"] = total - found["labels"]
+        return found
 
     @cached_property
     def images(self) -> Tensor:
@@ -286,13 +285,16 @@ class CondensedSet:
         table, _ = self.views(epoch)
         return views.apply(self.images, table, self.manifest["soft_labels"]["view_size"])
 
-    def push(self, repo_id: str, *, tag: str | None = None, private: bool = False) -> str:
+    def push(
+        self, repo_id: str, *, tag: str | None = None, private: bool = False, observers: str | None = None
+    ) -> str:
         """Publishes the set on the Hub as `repo_id`, in one commit with one tag; returns the tag.
 
-        Args: tag: v1.0.0; by the rules of versions when not given; private: where the repository is made.
+        Args: tag: v1.0.0; by the rules of versions when not given; private: where the repository is made; observers:
+        ORG/NAME, where the observers of the set's run are to be published too, each as `ORG/NAME-<observer>`.
         Errors: InputError where the Hub refuses, and for a tag that holds other content.
         """
         from . import publish
 
         folder = self._fetch("*")  # all of it, where it came from the Hub
-        return publish.push(folder, repo_id, tag=tag, private=private)[1].tag
+        return publish.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag

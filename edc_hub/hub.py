@@ -5,10 +5,9 @@ name the parent they were planned on, so a version is never put on top of anothe
 that was found to hold every file of the version and no other's, and it never moves.
 """
 
-import hashlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,46 +29,15 @@ from huggingface_hub.hf_api import RepoFile
 from . import __version__
 from .errors import InputError
 from .hub_errors import Say, plain, quiet, status, steady
-from .versions import NUMBERED, following, number
+from .versions import DATA, NUMBERED, File, Version, following, number
 
 
 _TURNS = 6  # looks at the Hub; each but the last may find that somebody else was faster
-_DATA = re.compile(r"(images|soft_labels\w*)/.+|.+\.safetensors")
-_OURS = re.compile(rf"{_DATA.pattern}|results\.json")  # removed from main where a version has them no more
+_OURS = {  # removed from main where a version has them no more
+    "dataset": re.compile(rf"{DATA.pattern}|(results|observers)\.json|assets/(grid|curves)\.png"),
+    "model": re.compile(rf"{DATA.pattern}|config\.json"),
+}
 _BORN_WITH = (".gitattributes", "README.md")  # what a repository may hold before its first version
-
-
-class File(NamedTuple):
-    """A file of a version; large ones stay on disk."""
-
-    path: str
-    content: bytes | Path
-    size: int
-    sha256: str
-
-    @classmethod
-    def read(cls, path: str, data: bytes) -> "File":
-        return cls(path, data, len(data), hashlib.sha256(data).hexdigest())
-
-    def is_in(self, tree: dict[str, RepoFile]) -> bool:
-        """Whether a commit of these files has this very one."""
-        there = tree.get(self.path)
-        if there is None or there.size != self.size:
-            return False
-        if there.lfs is not None:
-            return there.lfs.sha256 == self.sha256
-        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
-        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's name of it
-
-
-class Version(NamedTuple):
-    """What is to be published, and where."""
-
-    id: str
-    type: str  # "dataset" or "model"
-    mark: str  # the file that tells a repository of ours from other people's
-    files: dict[str, File]
-    card: Callable[[str], str] | None = None  # README.md as it follows the one that is there, with what people added
 
 
 class Plan(NamedTuple):
@@ -157,31 +125,45 @@ def plan(version: Version, repository: Repository, tag: str | None = None) -> Pl
     after = "v1.0.0"
     if numbered:
         newest = tags[numbered[0]]
-        same = all(file.is_in(repository.tree(newest)) for file in everything if _DATA.fullmatch(file.path))
+        same = all(file.is_in(repository.tree(newest)) for file in everything if DATA.fullmatch(file.path))
         mark = version.files[version.mark].content
         after = following(numbered[0], repository.text(version.mark, newest), mark.decode(), same)
     if tag in tags:
         raise InputError(
             f"tag: {tag} of {version.id} holds other content and never moves; write --tag {after}, the next free one"
         )
-    if version.mark not in there and set(there) - set(_BORN_WITH):
-        raise InputError(
-            f"{version.id}: this {version.type} is not of edc_hub ({version.mark} is missing) and is left alone; "
-            "choose another name"
-        )
+    _refuse_others(repository, version.mark, there)
     holding = [oid for oid in repository.commits() if _holds(oid, version, repository)]
     commit = holding[-1] if holding else None  # the one that brought it, not what was committed since
     if commit is None and ".gitignore" in there:
         raise InputError(f"{version.id}: its .gitignore may leave files out of a version; delete it on the Hub")
     wanted = [_with_people(file, version, head, repository) for file in everything]
-    gone = sorted(path for path in there if _OURS.fullmatch(path) and path not in version.files)
+    gone = _gone(version, there)
     return Plan(tag or after, head, commit, False, [file for file in wanted if not file.is_in(there)], gone)
+
+
+def _refuse_others(repository: Repository, mark: str, there: Collection[str]) -> None:
+    if mark not in there and set(there) - set(_BORN_WITH):
+        raise InputError(
+            f"{repository.id}: this {repository.type} is not of edc_hub ({mark} is missing) and is left alone; "
+            "choose another name"
+        )
+
+
+def _refuse_public(repository: Repository, private: bool) -> None:
+    if private and repository.private is False:
+        raise InputError(f"private: {repository.id} is public; change that on the Hub, or publish it as it is")
+
+
+def _gone(version: Version, there: Collection[str]) -> list[str]:
+    """Files of ours that a version has no more."""
+    return sorted(path for path in there if _OURS[version.type].fullmatch(path) and path not in version.files)
 
 
 def _holds(commit: str, version: Version, repository: Repository) -> bool:
     """Whether a commit has every file of a version and no data of another; people may have added to the card."""
     tree = repository.tree(commit)
-    if any(_OURS.fullmatch(path) and path not in version.files for path in tree):
+    if _gone(version, tree):
         return False
     cards = [file for file in version.files.values() if file.path == "README.md"]
     if not all(file.is_in(tree) for file in version.files.values() if file not in cards):
@@ -197,10 +179,32 @@ def _with_people(file: File, version: Version, commit: str, repository: Reposito
     return file if old is None else File.read(file.path, version.card(old).encode())
 
 
-def look(version: Version, tag: str | None = None) -> Plan:
+def look(version: Version, tag: str | None = None, private: bool = False) -> Plan:
     """What `publish` would do now; writes nothing and needs no token where the repository is public."""
+    repository = Repository(version.id, version.type)
     with plain(version.id):
-        return plan(version, Repository(version.id, version.type), tag)
+        todo = plan(version, repository, tag)
+        _refuse_public(repository, private)
+        return todo
+
+
+def newest(id: str, *, type: str, mark: str, tag: str | None, private: bool) -> str | None:
+    """The newest version of a repository, "" before the first; None where there is no repository yet.
+
+    What `publish` would refuse whatever the content is an InputError here: a taken tag, a repository of others, a
+    public one that should be private.
+    """
+    repository = Repository(id, type)
+    with plain(id):
+        head = repository.head()
+        if head is None:
+            return None
+        _refuse_public(repository, private)
+        _refuse_others(repository, mark, repository.tree(head))
+        tags = repository.tags()
+        if tag in tags:
+            raise InputError(f"tag: {tag} of {id} is there and never moves; write another, or leave it out")
+        return max(filter(NUMBERED.fullmatch, tags), key=number, default="")
 
 
 def publish(version: Version, *, tag: str | None = None, private: bool = False, say: Say = quiet) -> Plan:
@@ -214,8 +218,7 @@ def publish(version: Version, *, tag: str | None = None, private: bool = False, 
         wrote = False
         for turn in range(_TURNS):
             todo = plan(version, repository, tag)
-            if private and repository.private is False:
-                raise InputError(f"private: {version.id} is public; change that on the Hub, or leave --private out")
+            _refuse_public(repository, private)
             if todo.done:
                 said = f"published as {todo.tag}" if wrote else f"is there as {todo.tag} already; nothing to do"
                 say(f"{version.id}: {said}")

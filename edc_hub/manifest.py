@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from . import __version__, codecs, randaugment, views
+from .errors import InputError
 from .recipe import Recipe, selected
 from .tables import Written
 
@@ -90,6 +92,22 @@ def _roles(recipe: Recipe, control: str | None) -> dict[tuple[str, int], list[st
     return roles
 
 
+def read(path: Path, place: str) -> dict[str, Any]:
+    """The manifest of the set at `place`. Errors: InputError for another file, and for a format that is newer."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        written = str(found["format_version"])
+        newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again") from error
+    if newer:
+        raise InputError(
+            f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads "
+            f"up to {FORMAT_VERSION}; pip install --upgrade edc-hub, or load an older revision of the set"
+        )
+    return found
+
+
 def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> dict[str, Any]:
     """Adds the files of each configuration, with their hashes, and one hash a configuration."""
     files, configs = {}, {}
@@ -102,3 +120,14 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
         hashes = [file["sha256"] for path, file in files.items() if path.startswith(f"{config}/")]
         configs[config] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return {**known, "configs": configs, "files": files}
+
+
+def is_of(folder: Path, fingerprint: str) -> bool:
+    """Whether a folder is the whole dataset folder with this fingerprint."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        sizes = {path: (folder / path).stat().st_size for path in found["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    whole = all(found["files"][path]["bytes"] == size for path, size in sizes.items())
+    return whole and found["fingerprint"] == fingerprint

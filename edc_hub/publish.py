@@ -5,26 +5,27 @@
 The same command again does nothing where the version is there, and goes on where one was stopped.
 """
 
-import hashlib
-import json
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants
 from pydantic import Field, ValidationError
 
-from . import arguments, hub, keys, launch
+from . import arguments, contents, hub, keys, launch
+from .contents import OBSERVERS
 from .errors import InputError
-from .hub import File, Plan, Version
+from .hub import Plan
 from .section import Section
+from .versions import Version
 
 
 _FLAGS = {
     "private": "where the repository is made, only its owner sees it",
     "dry_run": "print the operations with their sizes and the tag, write nothing",
 }
-_TEXTS = ("README.md", "manifest.json", "recipe.yaml")
 
 
 class Options(Section):
@@ -55,21 +56,16 @@ def command(argv: list[str]) -> None:
         return
     run, id = Path(named[0]).expanduser(), named[1]
     folder = dataset_folder(run)
-    hub.check(id, options.tag)
-    with tempfile.TemporaryDirectory() as place:
-        models = []
-        if options.observers:
-            hub.check(options.observers)
-            models = observers(folder.resolve().parent, options.observers, id, Path(place))
-        if flags["dry_run"]:
-            for version, tag in [*((model, None) for model in models), (dataset(folder, id), options.tag)]:
-                print(described(version, hub.look(version, tag)))
-            return
-        if models:
-            hub.may_write(options.observers, _say)
-        for model in models:  # before the set whose card names them
-            print(_address(model, hub.publish(model, private=flags["private"], say=_say)))
-    print(_address(*push(folder, id, tag=options.tag, private=flags["private"])))
+    if flags["dry_run"]:
+        hub.check(id, options.tag)
+        with _prepared(folder, id, options.observers) as (models, dataset):
+            looks = [(model, hub.look(model, private=flags["private"])) for model in models]
+            version = dataset([todo.tag for _, todo in looks])
+            for each, todo in [*looks, (version, hub.look(version, options.tag, flags["private"]))]:
+                print(described(each, todo))
+        return
+    for version, done in push(folder, id, tag=options.tag, private=flags["private"], observers=options.observers):
+        print(_address(version, done))
 
 
 def _usage() -> str:
@@ -92,61 +88,46 @@ def dataset_folder(run: Path) -> Path:
     raise InputError(f"publish: no finished set in {run}; edc-hub condense {run}/recipe.yaml goes on with a run")
 
 
-def push(folder: Path, id: str, *, tag: str | None = None, private: bool = False) -> tuple[Version, Plan]:
-    """Publishes a dataset folder; what was published, and as what. Errors: InputError in one line."""
-    hub.check(id, tag)
-    hub.may_write(id, _say)  # before the files are read
-    version = dataset(folder, id)
-    return version, hub.publish(version, tag=tag, private=private, say=_say)
+def push(
+    folder: Path, id: str, *, tag: str | None = None, private: bool = False, observers: str | None = None
+) -> list[tuple[Version, Plan]]:
+    """Publishes a dataset folder and, where `observers` names ORG/NAME, its run's observers before it.
 
-
-def observers(run: Path, id: str, dataset_id: str, place: Path) -> list[Version]:
-    """What is published of a run's observers, written below `place`: a model repository `<id>-<observer>` each."""
-    from . import observer_repo
-
-    versions = []
-    for name, folder in observer_repo.write(run, place, id, dataset=dataset_id).items():
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = [_file(folder, path.relative_to(folder).as_posix()) for path in paths]
-        versions.append(Version(name, "model", observer_repo.FACTS, {file.path: file for file in files}))
-    return versions
-
-
-def dataset(folder: Path, id: str) -> Version:
-    """What is published of a dataset folder: what its manifest names, and the texts and pictures beside it.
-
-    Errors: InputError for a file that is not the one of the manifest.
+    Returns what was published, and as what, the set last. Errors: InputError in one line.
     """
-    from . import card
-
-    texts = {path: _file(folder, path, text=True) for path in _TEXTS}
-    manifest = json.loads(texts["manifest.json"].content)
-    data = {path: _file(folder, path) for path in manifest["files"]}
-    wrong = [path for path, file in data.items() if file.sha256 != manifest["files"][path]["sha256"]]
-    if texts["recipe.yaml"].sha256 != manifest["recipe_sha256"]:
-        wrong.append("recipe.yaml")
-    if wrong:
-        raise InputError(f"{folder / wrong[0]}: not the file that manifest.json names; condense into another folder")
-    beside = [path for path in ("results.json", "assets/grid.png", "assets/curves.png") if (folder / path).is_file()]
-    texts |= {path: _file(folder, path, text=True) for path in beside}
-    texts["README.md"] = File.read("README.md", card.again(folder, id).encode())
-
-    def following(own: str) -> str:
-        return card.again(folder, id, own=own)
-
-    return Version(id, "dataset", "manifest.json", {**data, **texts}, following)
+    hub.check(id, tag)
+    for name in [id, *([observers] if observers else [])]:
+        hub.may_write(name, _say)  # before the files are read
+    with _prepared(folder, id, observers) as (models, dataset):
+        version, tags = None, [hub.look(model, private=private).tag for model in models]
+        if models:
+            version = dataset(tags)
+            hub.look(version, tag, private)  # a set that would be refused leaves no observers behind
+        done = [(model, hub.publish(model, private=private, say=_say)) for model in models]
+        if version is None or tags != [plan.tag for _, plan in done]:
+            version = dataset([plan.tag for _, plan in done])
+        done.append((version, hub.publish(version, tag=tag, private=private, say=_say)))
+        if models:  # the next version names them too
+            (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
+        return done
 
 
-def _file(folder: Path, path: str, text: bool = False) -> File:
-    """A file of a folder; a text is read once, whatever becomes of it on the disk."""
-    place = folder / path
-    try:
-        if text or path.endswith((".md", ".json", ".yaml")):
-            return File.read(path, place.read_bytes())
-        with open(place, "rb") as file:
-            return File(path, place, place.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError as error:
-        raise InputError(f"{place}: cannot be read ({error.strerror}); condense the set again") from error
+@contextmanager
+def _prepared(
+    folder: Path, id: str, observers: str | None
+) -> Iterator[tuple[list[Version], Callable[[list[str]], Version]]]:
+    """What is to be published of the observers, and what of the set, once their tags are known."""
+    if observers is None:
+        yield [], lambda tags: contents.dataset(folder, id)
+        return
+    hub.check(observers)
+    with tempfile.TemporaryDirectory() as place:
+        models = contents.models(folder.resolve().parent, observers, id, Path(place))
+
+        def dataset(tags: list[str]) -> Version:
+            return contents.dataset(folder, id, contents.observers(folder, observers, models, tags))
+
+        yield models, dataset
 
 
 def described(version: Version, todo: Plan) -> str:

@@ -119,8 +119,9 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         method = blocks("method", top["method"], top["name"], top["ipc"])
         above = layered([*method, given, overrides], Recipe)
         protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
-        below = blocks("protocol", protocol, top["name"], top["ipc"])
-        layers = [*({"evaluation": block} for block in below), above]
+        below = layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
+        let_through(below, above.get("evaluation") or {})
+        layers = [{"evaluation": below}, above]
     try:
         recipe = Recipe.model_validate(layered(layers, Recipe))
     except ValidationError as error:
@@ -135,6 +136,13 @@ def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, A
     for layer in layers:
         _merge(merged, layer, section)
     return merged
+
+
+def let_through(protocol: dict[str, Any], given: dict[str, Any]) -> None:
+    """Takes out of a protocol's `per_student` what is given for all students above it."""
+    own = protocol.get("per_student") or {}
+    left = {name: {key: value for key, value in keys.items() if key not in given} for name, keys in own.items()}
+    protocol["per_student"] = {name: keys for name, keys in left.items() if keys}
 
 
 def methods() -> list[str]:

@@ -53,8 +53,6 @@ def summarise(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
     Returns `about` and for each student its rows with n, mean and std (None where n is 1), its margin over the
     initial images, the better variants, DD-Ranking's scores and published figures of its architecture.
     """
-    from . import published
-
     order = list(ROWS)
     outcomes = sorted(outcomes, key=lambda it: (it.student, order.index(it.row), it.set, it.draw, it.seed))
     students = {}
@@ -66,9 +64,17 @@ def summarise(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
             "margin": _margin(rows),
             "better": better,
             "dd_ranking": _dd_ranking(rows, better),
-            "published": published.lookup(about["set"]["name"], about["set"]["ipc"], student),
+            "published": _published(about, student),
         }
     return {"about": about, "students": students}
+
+
+def _published(about: dict[str, Any], student: str) -> list[dict[str, Any]]:
+    """What papers report for this architecture as they have it; nothing for one with arguments of its own."""
+    from . import published
+
+    arch = about["published_as"].get(student)
+    return published.lookup(about["set"]["name"], about["set"]["ipc"], arch) if arch else []
 
 
 def write(results: dict[str, Any], folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The code that a card shows, as text: a student in ten lines, the replay of stored views, a stream of them."""
 
+import hashlib
 from typing import Any
 
 from .recipe import Evaluation
@@ -45,6 +46,11 @@ def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
         stem=_SMALL_STEM if manifest["images"]["size"] <= 64 else "",
         **evaluation.model_dump(include={"lr", "weight_decay", "epochs", "batch", "ce_weight"}),
     )
+
+
+def digest(manifest: dict[str, Any], evaluation: Evaluation) -> str:
+    """sha256 of the example, whatever the set is called: what its accuracy is of."""
+    return hashlib.sha256(example(manifest, evaluation, "dataset").encode()).hexdigest()
 
 
 def replay(repo: str) -> str:

@@ -115,14 +115,13 @@ def train(
     seed: int,
     curve_points: int,
     progress: Progress,
-    report: Callable[[dict[str, float], int], None] | None = None,
     label: str = "",
 ) -> Trained:
     """Trains `network` in place and predicts the test images with its weights and their average.
 
-    Args: test: uint8 (T, 3, s, s), on any device, and int64 (T,), which serves the curve alone; report: called with
-    loss and lr after each epoch. All that is random in an epoch follows from (seed, epoch); the state is saved at ends
-    of epochs, and work taken up there goes on to the same bits.
+    Args: test: uint8 (T, 3, s, s), on any device, and int64 (T,), which serves the curve alone. All that is
+    random in an epoch follows from (seed, epoch); the state is saved at ends of epochs, and work taken up there goes
+    on to the same bits.
     """
     learner = Learner(network, section, session)
     history, curve = torch.zeros(section.epochs, 2), torch.zeros(0, 3)
@@ -155,8 +154,6 @@ def train(
             history[epoch] = torch.tensor([total.item() / feed.steps, lr])
             loss = history[epoch, 0].item()
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2g}", refresh=False)
-            if report:
-                report({"loss": loss, "lr": lr}, epoch)
             if epoch + 1 in points and epoch + 1 < section.epochs:
                 live, averaged = learner.predict(test[0], feed, generator(seed, STAGE, f"clean {epoch}"))
                 curve = torch.cat([curve, _point(epoch + 1, live, averaged, test[1])])

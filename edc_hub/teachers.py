@@ -1,7 +1,9 @@
 """Soft labels that are made while a student trains: by observers, or mixed from the one soft label of each image."""
 
+from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from . import documents, labels, observers, recipes, source
@@ -33,10 +35,11 @@ class Teachers:
                 "in evaluation.teachers, or write --evaluation.labels stored"
             )
         content = documents.load(run / "recipe.yaml") if run and not given else self._condensed.recipe
-        recipe = recipes.resolve(content).model_copy(update={"source": self._source})
+        recipe = recipes.resolve(content)
         if not given:
-            return recipe
+            return recipe  # as it is, so that the run's own observers are found and none is trained
         changes = {
+            "source": self._source,
             "observers": recipe.observers.model_copy(update={"networks": given}),
             "relabel": recipe.relabel.model_copy(update={"observers": None}),
             "synthesize": recipe.synthesize.model_copy(update={"iterations": 0}),
@@ -46,7 +49,12 @@ class Teachers:
 
     @cached_property
     def _observers(self) -> observers.Observers:
-        return observers.obtain(self._recipe, source.load(self._source), self._session)
+        return observers.obtain(self._recipe, source.load(self._recipe.source), self._own_session)
+
+    @property
+    def _own_session(self) -> Session:
+        """With the arithmetic that the observers were made with, whatever the students'."""
+        return replace(self._session, dtype=getattr(torch, self._recipe.precision))
 
     @cached_property
     def _chosen(self) -> list[tuple[str, int]]:
@@ -70,7 +78,7 @@ class Teachers:
     @property
     def teach(self) -> Teach:
         """Mean logits of views, with BatchNorm as in the set's own labels (`relabel.observer_mode`)."""
-        networks, relabel, session = self.networks, self._recipe.relabel, self._session
+        networks, relabel, session = self.networks, self._recipe.relabel, self._own_session
         return lambda x, table: labels.mean_logits(networks, x, relabel, session)
 
 

@@ -4,6 +4,7 @@ A trial is one student on one row of the table with one seed, and one unit of wo
 again by the next comparison that has it, taken up where it was killed.
 """
 
+import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import condensed as sets
-from . import feed, networks, recipes, source, students, teachers, work
+from . import feed, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError
@@ -21,12 +21,10 @@ from .feed import Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation, Student, of_student, student_name
 from .realset import RealSet
-from .recipe import Source
+from .recipe import Images, Source
 from .section import ViewSettings
+from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
-
-
-STAGE, VERSION = "students", 1
 
 
 class Trial(NamedTuple):
@@ -68,6 +66,12 @@ class Bench:
 
     def _source(self, size: int) -> Source:
         return self.comparison.source.model_copy(update={"size": size})
+
+    @property
+    def device(self) -> str:
+        """What trains here, by name."""
+        gpu = self.session.device.type == "cuda"
+        return torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
 
     @cached_property
     def real(self) -> RealSet:
@@ -151,7 +155,8 @@ class Bench:
             places = [folder] if kind == "initial" else sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
         found = [CondensedSet.load(place) for place in places if (place / "manifest.json").is_file()]
         if not found:
-            self.unavailable[kind] = "it lies beside the run that made the set"
+            beside = "the run wrote none (relabel.controls)"
+            self.unavailable[kind] = beside if condensed.run else "it lies beside the run that made the set"
         return found
 
     def check(self) -> None:
@@ -168,18 +173,31 @@ class Bench:
                 _ = self.teachers.fingerprints
 
     def unit(self, trial: Trial) -> Unit:
-        section, real = self._section(trial), trial.row.startswith(("real", "upper"))
-        given = self.students[trial.student]
+        section, whole = self._section(trial), trial.row == "upper_bound"
+        given, made = self.students[trial.student], trial.images.manifest
+        about = {
+            "images": made["images"],
+            "classes": made["classes"],
+            "view": feed.settings(made["soft_labels"]).model_dump(),
+        }
+        if not whole:  # the whole real set is the same for every condensed one
+            about |= {"files": made["configs"], "count": made["images"]["count"]}
+        if trial.row.startswith("real"):
+            about |= {
+                "budget": self._budget(trial),
+                "encoding": recipes.resolve(trial.images.recipe).images.model_dump(),
+            }
+        about["images"] = {key: value for key, value in about["images"].items() if key != "count"}
         fingerprint = work.fingerprint(
             STAGE,
             VERSION,
             row=trial.row,
-            images=trial.images.manifest["fingerprint"],
+            **about,
+            views=views.VERSION,
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
             section=section.model_dump(mode="json", exclude={"protocol", "students", "teachers", "per_student"}),
             teachers=self.teachers.fingerprints if section.labels == "online" else None,
-            budget=self._budget(trial) if trial.row.startswith("real") else None,
-            real=self.real.fingerprint if real else None,
+            real=self.real.fingerprint if whole or "budget" in about else None,
             test=[self.judged_on.fingerprint, self.comparison.split],
             curve_points=self.comparison.curve_points,
             seed=trial.seed,
@@ -224,18 +242,20 @@ class Bench:
         facts = {
             "steps": section.epochs * lessons.steps,
             "images": lessons.count,
+            "bytes": self._read_bytes(trial, section),
+            "device": self.device,
             "seconds": round(time.perf_counter() - start, 1),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
         }
         return trained._asdict(), facts
 
     def _feed(self, trial: Trial, section: Evaluation, seed: int) -> Stored | Drawn:
-        """What a trial learns from. Real images of equal bytes take as many steps of as many views as the set does."""
+        """What a trial learns from. Real images of equal bytes take as many steps as the set, all of full batches."""
         condensed, device = trial.images, self.session.device
         if trial.row == "upper_bound" or trial.row.startswith("real"):
             count = len(condensed.labels)
             whole = trial.row == "upper_bound"
-            rows = self.real.rows() if whole else _fill(self.real, self._budget(trial), condensed, trial.seed)
+            rows = self.real.rows() if whole else self._of_equal_bytes(trial)[0]
             return Drawn(
                 self.real.images(rows),
                 self.real.labels[rows],
@@ -267,30 +287,23 @@ class Bench:
         view = self._view(trial.images, section)
         return view.model_copy(update={"mix": "none"}) if view and trial.row.endswith("unmixed") else view
 
+    def _of_equal_bytes(self, trial: Trial) -> tuple[Tensor, int]:
+        return feed.equal_bytes(self.real, self._budget(trial), self._encoding(trial), trial.seed)
+
+    def _encoding(self, trial: Trial) -> Images:
+        return recipes.resolve(trial.images.recipe).images
+
     def _budget(self, trial: Trial) -> int:
         return sum(self.bytes(trial.images, self.sections[trial.student].labels).values())
 
     def bytes(self, condensed: CondensedSet, labels: str) -> dict[str, int]:
         """What a student with this source of labels downloads: images, labels, views, observers' weights."""
-        found = condensed.sizes
-        kept = ("images", "labels", "views") if labels == "stored" else ("images",)
-        size = {key: found[key] if key in kept else 0 for key in ("images", "labels", "views")}
-        return size | {"observers": self.teachers.bytes if labels == "online" else 0}
+        return condensed.sizes(labels) | {"observers": self.teachers.bytes if labels == "online" else 0}
 
-
-def _fill(real: RealSet, budget: int, condensed: CondensedSet, seed: int) -> Tensor:
-    """Random real images, of each class as many or one more, whose files fill `budget` bytes; one a class at least."""
-    generator = work.generator(seed, STAGE, "real images of equal bytes")
-    orders = [real.rows(label) for label in range(len(real.names))]
-    orders = [rows[torch.randperm(len(rows), generator=generator)] for rows in orders]
-    turn = torch.cat([torch.arange(len(rows)) for rows in orders])
-    turns = torch.cat(orders)[turn.argsort(stable=True)]  # one of each class, then the next of each
-    encoding = recipes.resolve(condensed.recipe).images
-    taken, spent = 0, 0
-    for rows in turns.split(256):
-        for file in sets.encode(real.images(rows), encoding):
-            spent += len(file)
-            if spent > budget:
-                return turns[: max(taken, len(orders))]
-            taken += 1
-    return turns
+    def _read_bytes(self, trial: Trial, section: Evaluation) -> int | None:
+        """What a row's images and labels take; of the whole real set nobody knows."""
+        if trial.row == "upper_bound":
+            return None
+        if trial.row.startswith("real"):
+            return self._of_equal_bytes(trial)[1]
+        return sum(self.bytes(trial.images, section.labels).values())

@@ -1,11 +1,50 @@
-"""Version numbers of what is published: schema = major, data = minor, card or results = patch."""
+"""Versions of what is published: files and numbers; schema = major, data = minor, card or results = patch."""
 
+import hashlib
 import json
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub.hf_api import RepoFile
 
 
+DATA = re.compile(r"(images|soft_labels\w*)/.+|.+\.safetensors")
 NUMBERED = re.compile(r"v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
+
+
+class File(NamedTuple):
+    """A file of a version; large ones stay on disk."""
+
+    path: str
+    content: bytes | Path
+    size: int
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str, data: bytes) -> "File":
+        return cls(path, data, len(data), hashlib.sha256(data).hexdigest())
+
+    def is_in(self, tree: dict[str, RepoFile]) -> bool:
+        """Whether a commit of these files has this very one."""
+        there = tree.get(self.path)
+        if there is None or there.size != self.size:
+            return False
+        if there.lfs is not None:
+            return there.lfs.sha256 == self.sha256
+        data = self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+        return there.blob_id == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()  # git's name of it
+
+
+class Version(NamedTuple):
+    """What is to be published, and where."""
+
+    id: str
+    type: str  # "dataset" or "model"
+    mark: str  # the file that tells a repository of ours from other people's
+    files: dict[str, File]
+    card: Callable[[str], str] | None = None  # README.md as it follows the one that is there, with what people added
 
 
 def number(tag: str) -> tuple[int, ...]:
@@ -35,6 +74,6 @@ def _breaks(old: str | None, new: str) -> bool:
 
 
 def _schema(manifest: dict[str, Any]) -> dict[str, Any]:
-    major = str(manifest.get("format_version")).split(".")[0]
-    codec = manifest.get("soft_labels", {}).get("codec")
-    return {"columns": [major, codec, manifest.get("classes")], "configs": set(manifest.get("configs", {}))}
+    major, soft = str(manifest.get("format_version")).split(".")[0], manifest.get("soft_labels", {})
+    shape = [soft.get(key) for key in ("codec", "top_k", "rand_augment", "shuffle", "view_version")]
+    return {"columns": [major, *shape, manifest.get("classes")], "configs": set(manifest.get("configs", {}))}

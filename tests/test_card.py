@@ -14,7 +14,7 @@ from hub import Hub, python
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from edc_hub import CondensedSet, card, recipes
+from edc_hub import CondensedSet, card, documents, recipes
 from edc_hub.card import with_results
 
 
@@ -85,24 +85,58 @@ def test_the_command_of_the_card_makes_the_same_recipe(dataset, monkeypatch):
     assert recipes.published(recipe) == (dataset / "recipe.yaml").read_text("utf-8")
 
 
+def again(folder, repo, **options):
+    """The card of a dataset folder, rendered anew."""
+    return card.again(*read(folder), repo, **options)
+
+
+def read(folder):
+    manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
+    evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
+    return (folder / "README.md").read_text("utf-8"), manifest, evaluation
+
+
 def test_the_card_of_a_published_set_names_its_place(dataset):
-    text = card.again(dataset, "org/toy")
+    text = again(dataset, "org/toy")
     assert 'load_dataset("org/toy", "images", split="train")' in text
     assert "hf download org/toy recipe.yaml --repo-type dataset" in text and '"dataset"' not in text
     old = (dataset / "README.md").read_text("utf-8")
     assert DatasetCard(text).data.to_dict() == DatasetCard(old).data.to_dict()
-    assert card.again(dataset, "dataset") == old
+    assert again(dataset, "dataset") == old
 
 
 def test_what_was_measured_is_in_the_card_again(dataset, tmp_path):
-    folder = tmp_path / "dataset"
-    shutil.copytree(dataset, folder)
-    text = (folder / "README.md").read_text("utf-8")
+    text, manifest, evaluation = read(dataset)
+    stamp = card.of_example(manifest, evaluation)
     for name in card.MEASURED:
-        text = card.filled(text, name, f"{name}: 52.1 ± 0.4")
-    (folder / "README.md").write_text(text, "utf-8")
-    again = card.again(folder, "org/toy")
-    assert [card.marked(again, name) for name in card.MEASURED] == [f"{name}: 52.1 ± 0.4" for name in card.MEASURED]
+        text = card.filled(text, name, f"{name}: 52.1 ± 0.4\n{stamp}")
+    made = card.again(text, manifest, evaluation, "org/toy")
+    assert all(card.marked(made, name) == f"{name}: 52.1 ± 0.4\n{stamp}" for name in card.MEASURED)
+    other = evaluation.model_copy(update={"epochs": evaluation.epochs + 1})  # then they are of other lines
+    made = card.again(text, manifest, other, "org/toy")
+    assert ["52.1" in card.marked(made, name) for name in card.MEASURED] == [True, False, False]
+
+
+def test_tags_and_license_of_an_older_card_of_ours_are_no_person_s(dataset):
+    text, manifest, evaluation = read(dataset)
+    manifest["source"] |= {"license": "other", "license_name": "mine", "license_link": "https://a.b"}
+    old = card.again(text, {**manifest, "ipc": 50, "method": "random"}, evaluation, "org/toy")
+    old = old.replace("- soft-labels\n", "- soft-labels\n- mine\n")
+    manifest["source"] |= {"license": "mit", "license_name": None, "license_link": None}
+    data = DatasetCard(card.again(old, manifest, evaluation, "org/toy")).data.to_dict()
+    assert data["license"] == "mit" and not {"license_name", "license_link"} & set(data)
+    assert {"mine", "ipc-2"} <= set(data["tags"]) and not {"ipc-50", "random"} & set(data["tags"])
+
+
+def test_the_card_pins_the_source_and_names_published_observers(dataset):
+    text, manifest, evaluation = read(dataset)
+    assert "--source.revision" not in again(dataset, "org/toy")
+    manifest["source"]["commit"] = "c" * 40
+    found = {"a@3": {"weights": "org/toy-a@v1.0.0", "arch": "convnet", "bytes": 4321}}
+    made = card.again(text, manifest, evaluation, "org/toy", found)
+    assert f"edc-hub condense recipe.yaml --source.revision {'c' * 40} --output_dir" in made
+    assert "| weights of a@3 | `org/toy-a@v1.0.0`, convnet, 4.32 kB |" in made
+    assert "same `revision=`" in made
 
 
 def test_sections_and_metadata_that_a_person_added_stay(dataset):
@@ -148,7 +182,7 @@ def test_the_terms_of_the_source_stand_in_the_card(dataset, tmp_path, source, sa
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     manifest["source"] |= source
     (folder / "manifest.json").write_text(json.dumps(manifest), "utf-8")
-    text = card.again(folder, "org/toy")
+    text = again(folder, "org/toy")
     assert said in text
     assert DatasetCard(text).data.license == source.get("license", "unknown")
 

@@ -186,7 +186,7 @@ def test_students_are_fed_the_labels_of_every_codec(sets, name, kept_bytes, monk
 
 
 def test_sizes_tell_labels_from_views_in_every_codec(sets):
-    found = {name: CondensedSet.load(place).sizes for name, place in sets.items()}
+    found = {name: CondensedSet.load(place).sizes("stored") for name, place in sets.items()}
     for name, size in found.items():
         files = sum(path.stat().st_size for path in sets[name].glob("soft_labels/*.parquet"))
         assert size["labels"] + size["views"] == files and (files > 0) == (name != "observers")

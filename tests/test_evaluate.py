@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, evaluate, trials, work
+from edc_hub import comparison, evaluate, feed, trials, work
 from edc_hub import condensed as sets
 from edc_hub.condensed import CondensedSet
 
@@ -207,12 +207,13 @@ def test_hard_rows_are_the_set_s_own_images_with_their_classes(toy_run, session)
 def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps(toy_run, session):
     made = bench(toy_run, session, "--seeds", "0,1")
     images = CondensedSet.load(toy_run / "dataset")
-    budget = sum(images.sizes.values())
+    budget = sum(images.sizes("stored").values())
     encoding = comparison.recipes.resolve(images.recipe).images
     picked = []
     for seed in (0, 1):
-        rows = trials._fill(made.real, budget, images, seed)
+        rows, told = feed.equal_bytes(made.real, budget, encoding, seed)
         sizes = [len(file) for file in sets.encode(made.real.images(rows), encoding)]
+        assert told == sum(sizes)
         assert len(set(rows.tolist())) == len(rows)
         counts = torch.bincount(made.real.labels[rows], minlength=3)
         assert sum(sizes) <= budget and int(counts.max() - counts.min()) <= 1
@@ -220,10 +221,10 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
             assert sum(sizes) + max(sizes) * 1.2 > budget
         picked.append(rows.tolist())
     assert picked[0] != picked[1]
-    few = trials._fill(made.real, 900, images, 0)
+    few, _ = feed.equal_bytes(made.real, 900, encoding, 0)
     cost = [len(file) for file in sets.encode(made.real.images(few), encoding)]
     assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
-    assert len(trials._fill(made.real, 1, images, 0)) == 3  # one a class at least
+    assert len(feed.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
     for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:
         lessons = made._feed(trial, made._section(trial), seed=1)
         own = made._feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
@@ -242,7 +243,8 @@ def test_a_protocol_without_mixing_has_one_row_where_others_have_two(toy_run, tm
 def test_labels_may_be_the_means_or_made_online_and_bytes_say_so(toy_run, tmp_path):
     mean = run(toy_run, *FEW, "--evaluation.labels", "mean", out=tmp_path / "mean")["about"]
     online = run(toy_run, *FEW, "--evaluation.labels", "online", out=tmp_path / "online")["about"]
-    assert (mean["bytes"]["labels"], mean["bytes"]["views"], mean["bytes"]["observers"]) == (0, 0, 0)
+    assert mean["bytes"]["labels"] > 0 == mean["bytes"]["views"] == mean["bytes"]["observers"]
+    assert mean["bytes"]["images"] == online["bytes"]["images"]  # the one soft label of each image is no image
     assert online["bytes"]["labels"] == 0 < online["bytes"]["observers"]
     assert online["rows"]["set"]["bytes"] == online["bytes"]["images"] + online["bytes"]["observers"]
     assert "labels online" in online["protocol"] and "labels mean" in mean["protocol"]
@@ -493,3 +495,18 @@ def test_a_revision_that_is_not_there_and_a_dead_endpoint_are_one_line():
         )
         assert done.stdout.startswith(line) and done.stdout.count("\n") == 1
     server.shutdown()
+
+
+def test_results_of_fewer_students_or_another_protocol_stay_out_of_the_set_s_card(toy_run, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))
+    (runs / "first/dataset/results.json").unlink(missing_ok=True)
+    run(runs / "first", "--seeds", "0,1", "--controls", "[]")
+    kept = (runs / "first/dataset/results.json").read_text()
+    card = (runs / "first/dataset/README.md").read_text()
+    for other in (["--seeds", "0"], ["--seeds", "0,1", "--evaluation.protocol", "dc", "--evaluation.batch", "4"]):
+        run(runs / "first", *other, "--controls", "[]", "--evaluation.students", json.dumps([STUDENT]))
+        assert "keeps its results" in capsys.readouterr().err
+        assert (runs / "first/dataset/results.json").read_text() == kept
+        assert (runs / "first/dataset/README.md").read_text() == card
+    assert (runs / "first/evaluation/dc/results.json").is_file()  # beside, not in the place of the set's own protocol

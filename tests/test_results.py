@@ -48,6 +48,7 @@ def about(**other) -> dict:
         "evaluation": {"epochs": 200},
         "split": "test",
         "test": {**test, "images": 10_000, "transform": "whole images of 32x32"},
+        "published_as": {name: name for name in ("resnet18", "convnet")},
         "bytes": {"images": 240_000, "labels": 1_000_000, "views": 120_000, "observers": 0},
         "rows": images,
         "unavailable": {},

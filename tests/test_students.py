@@ -58,7 +58,7 @@ def section(**values) -> Evaluation:
 
 
 def trained(session, tmp_path, network=None, feed=None, **values) -> students.Trained:
-    options = {key: values.pop(key) for key in ("report", "curve_points", "seed") if key in values}
+    options = {key: values.pop(key) for key in ("curve_points", "seed") if key in values}
     given = section(**values)
     progress = Progress(tmp_path / "student.progress", 0.0)
     options = {"seed": 1, "curve_points": 0, "progress": progress} | options
@@ -260,13 +260,9 @@ def test_the_loss_of_an_epoch_is_the_mean_of_its_steps(session, tmp_path, monkey
         return torch.tensor(steps[-1])
 
     monkeypatch.setattr(Learner, "step", step)
-    reports = []
-    found = trained(session, tmp_path, epochs=3, report=lambda values, epoch: reports.append((epoch, values)))
+    found = trained(session, tmp_path, epochs=3)
     assert found.loss.tolist() == pytest.approx([sum(steps[i : i + 3]) / 3 for i in (0, 3, 6)])
     assert found.lr.tolist() == pytest.approx([0.01 * students.rate(section(), i, 3) for i in range(3)])
-    assert [epoch for epoch, _ in reports] == [0, 1, 2]
-    assert [values["loss"] for _, values in reports] == found.loss.tolist()
-    assert [values["lr"] for _, values in reports] == pytest.approx(found.lr.tolist())
 
 
 def test_the_curve_has_evenly_spaced_points_and_ends_with_the_result(session, tmp_path):

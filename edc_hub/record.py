@@ -1,0 +1,138 @@
+"""What an evaluation leaves behind: what a reader of its figures must know, and the files."""
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import documents
+from .comparison import Comparison, Parsed
+
+
+if TYPE_CHECKING:
+    from .condensed import CondensedSet
+    from .results import Outcome
+    from .trials import Bench, Done
+    from .work import Session
+
+
+def outcome(done: "Done", bench: "Bench") -> "Outcome":
+    """The accuracy of a trial, from its predictions."""
+    from .accuracy import top1
+    from .results import Outcome
+
+    trial, truth = done.trial, bench.test[1]
+    live, ema = (top1(done.tensors[key].long(), truth) for key in ("live", "ema"))
+    steps, seconds = done.facts["steps"], done.facts["seconds"]
+    return Outcome(trial.row, trial.student, trial.set, trial.draw, trial.seed, live, ema, steps, seconds)
+
+
+def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session") -> dict[str, Any]:
+    """Everything that a reader of the figures must know, for results.json."""
+    import torch
+
+    asked, first, judged = parsed.comparison, parsed.sets[0], bench.judged_on
+    size, resize = bench.size, asked.evaluation.test_resize
+    rows = {}
+    for row in dict.fromkeys(each.trial.row for each in done):
+        own = [each.facts for each in done if each.trial.row == row]
+        images, bytes_ = (_mean([facts[key] for facts in own]) for key in ("images", "bytes"))
+        rows[row] = {"images": images, "bytes": bytes_, "note": ""}
+    plain = {name for name, entry in bench.students.items() if not entry.args and entry.input_size is None}
+    return {
+        "set": {
+            "id": Path(asked.dataset[0]).absolute().name if _is_local(asked.dataset[0]) else asked.dataset[0],
+            "revision": asked.revision,
+            "name": first.manifest["name"],
+            "method": first.manifest["method"],
+            "ipc": first.ipc,
+            "seeds": [condensed.manifest["seed"] for condensed in parsed.sets],
+            "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
+        },
+        "protocol": parsed.protocol,
+        "evaluation": _portable(asked, first),
+        "split": asked.split,
+        "test": {
+            "id": judged.id,
+            "commit": judged.commit,
+            "fingerprint": judged.fingerprint,
+            "images": len(bench.test[1]),
+            "transform": f"shorter side {resize}, centre crop {size}" if resize else f"{size} px, none",
+        },
+        "bytes": bench.bytes(first, asked.evaluation.labels),
+        "label_epochs": first.epochs,
+        "published_as": {name: bench.students[name].arch for name in plain},
+        "rows": rows,
+        "unavailable": bench.unavailable,
+        "hardware": {
+            "device": ", ".join(sorted({each.facts["device"] for each in done})),
+            "processes": session.state.num_processes,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "datasets")},
+    }
+
+
+def _mean(values: list[int | None]) -> int | None:
+    """Of what differs from trial to trial, rounded; None where nobody knows it."""
+    return None if None in values else round(sum(values) / len(values))
+
+
+def _is_local(place: str) -> bool:
+    return Path(place).expanduser().is_dir()
+
+
+def _portable(asked: Comparison, first: "CondensedSet") -> dict[str, Any]:
+    """The protocol as a recipe publishes it: local paths by their last part."""
+    from . import recipes
+
+    recipe = recipes.resolve(first.recipe).model_copy(update={"evaluation": asked.evaluation})
+    return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
+
+
+def own_folder(condensed: "CondensedSet") -> Path | None:
+    """The dataset folder of the run that made the set; a control's results are none of the run's set."""
+    return condensed.run / "dataset" if condensed.run and not condensed.manifest["control"] else None
+
+
+def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
+    """Whether results go into a dataset folder: not in the place of another protocol's, nor of more students'."""
+    try:
+        old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        protocols = [results["about"]["evaluation"]["protocol"] for results in (old, found)]
+        more = [
+            f"{student}, {row}"
+            for student, own in old["students"].items()
+            for row, figures in own["rows"].items()
+            if figures["n"] > found["students"].get(student, {"rows": {}})["rows"].get(row, {"n": 0})["n"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    why = (
+        f"of protocol {protocols[0]}"
+        if protocols[0] != protocols[1]
+        else f"of more students ({more[0]})"
+        if more
+        else ""
+    )
+    if why:
+        session.report(f"{folder} keeps its results, which are {why}; remove its results.json to replace them")
+    return not why
+
+
+def write(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
+    """Writes results.json and the curves; into a dataset folder, the table into its card too."""
+    from . import card, report, results, work
+
+    results.write(found, folder)
+    lines: dict[str, list] = {}
+    for each in done:
+        curves = lines.setdefault(f"{each.trial.student}/{each.trial.row}", [])
+        curves += [each.tensors["loss"], each.tensors["curve"]]
+    readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
+    report.curves((folder / "assets" if is_set else folder) / "curves.png", lines)
+    if is_set and readme.is_file():
+        text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
+        work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
