@@ -181,7 +181,7 @@ def inputs(recipe: Recipe) -> Iterator[Finding]:
     for net in recipe.observers.networks:
         try:
             if net.weights:
-                yield Finding("weights", f"{net.name}: {weights.find(net.arch, net.weights).source}")
+                yield Finding("weights", f"{net.name}: {weights.known(net.arch, net.weights)}")
         except InputError as error:
             yield _refused("weights", error)
 

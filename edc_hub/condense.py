@@ -42,17 +42,15 @@ def command(argv: list[str]) -> None:
     launch.refuse_what_is_not_ours(folder)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     if recipe.hub.push and launch.is_first():
-        from . import hub
+        from . import pushing
 
-        hub.may_write(recipe.hub.id)  # before hours of work
+        pushing.before(recipe, folder / "dataset")
     with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
         dataset = condense(recipe, folder, session)
         if session.state.is_main_process:
             print(dataset)
     if recipe.hub.push and launch.is_first():
-        from . import publish
-
-        publish.push(dataset, recipe.hub.id, tag=recipe.hub.tag, private=recipe.hub.private)
+        pushing.after(recipe, dataset)
 
 
 def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:

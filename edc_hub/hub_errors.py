@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub import constants, get_token
@@ -118,8 +119,12 @@ def plain(id: str, reading: str | None = None) -> Iterator[None]:
 def _disk(error: Exception) -> str | None:
     for each in _chain(error):
         if isinstance(each, OSError) and each.errno in _FULL:
-            place = each.filename or constants.HF_HUB_CACHE
-            return f"HF_HOME: cannot write {place}: {_FULL[each.errno]}; free some space or set HF_HOME elsewhere"
+            place = Path(each.filename or constants.HF_HUB_CACHE)  # what is downloaded has no name in the error
+            denied = each.errno in (errno.EACCES, errno.EROFS)
+            remedy = "allow it" if denied else "free some space"
+            if any(place.is_relative_to(folder) for folder in (constants.HF_HOME, constants.HF_HUB_CACHE)):
+                return f"HF_HOME: cannot write {place}: {_FULL[each.errno]}; {remedy} or set HF_HOME elsewhere"
+            return f"{place}: {_FULL[each.errno]}; {remedy} and give the same command again"
     return None
 
 
@@ -139,7 +144,8 @@ def _writing(error: Exception, id: str) -> str | None:
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
     if isinstance(error, HFValidationError):
         return f"{id}: no name of a repository; write ORG/NAME ({error})"
-    if any("xet" in str(each).lower() for each in _chain(error)) and not _is_default(endpoint):
+    wants_xet = not constants.HF_HUB_DISABLE_XET and any("/xet-write-token/" in str(each) for each in _chain(error))
+    if wants_xet and not _is_default(endpoint):
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
         return "HF_HUB_OFFLINE: is set, and publishing needs the network; unset it"

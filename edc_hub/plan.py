@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from .recipe import Recipe, selected
 from .source import RealSet
 from .taps import Taps
 from .work import Session
+
+
+class Projected(NamedTuple):
+    """What a configuration would hold."""
+
+    rows: int
+    bytes: float
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -132,11 +139,7 @@ def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session:
 
 def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Session) -> None:
     classes, total = len(real.names), len(real.names) * recipe.ipc
-    sample = real.images(real.rows()[: min(32, len(real.rows()))])
-    image_bytes = sum(map(len, condensed.encode(sample, recipe.images))) / len(sample) * total + total * classes * 2
-    epochs, everything = _label_epochs(recipe, total, classes), recipe.relabel.epochs
-    label_bytes = total * epochs * (_view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes))
-    full_bytes = total * everything * (_view_bytes(recipe) + 2 * classes) if recipe.relabel.full else 0
+    found = sizes(recipe, real.images(real.rows()[: min(32, len(real.rows()))]), total, classes)
     print(f"{real.id}: {classes} classes, {len(real.rows())} training images at {real.size} px")
     processes, device = session.state.num_processes, session.device
     print(f"run folder: {launch.run_folder(recipe)}   processes: {processes}   device: {device}")
@@ -144,14 +147,38 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
     for stage, value in seconds.items():
         print(f"{stage:<14}{_human(value):>12}")
     print(f"{'total':<14}{_human(sum(seconds.values())):>12}")
-    print(f"\n{'images':<14}{total:>12} images{image_bytes / 2**20:>12.1f} MiB")
-    print(f"{'soft_labels':<14}{total * epochs:>12} rows  {label_bytes / 2**20:>12.1f} MiB uncompressed")
-    if full_bytes:
-        print(f"{'  full':<14}{total * everything:>12} rows  {full_bytes / 2**20:>12.1f} MiB uncompressed")
-    sets = _sets(recipe)
-    made = total * epochs * (_view_bytes(recipe) + 2 * classes)  # labels lie in artifacts/views too, dense
-    whole = sets * (image_bytes + label_bytes + made) + full_bytes + max(0, full_bytes - made)
+    print()
+    show(recipe, found)
+    sets, full = _sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
+    # labels lie in artifacts/views too, dense
+    made = total * _label_epochs(recipe, total, classes) * (_view_bytes(recipe) + 2 * classes)
+    whole = sets * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
     print(f"{'disk':<14}{sets:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
+
+
+def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, Projected]:
+    """Rows and bytes of each configuration of `total` images, from a sample of them uint8 (n, 3, s, s)."""
+    sample = sample[:32]
+    image = sum(map(len, condensed.encode(sample, recipe.images))) / len(sample) + 2 * classes
+    found = {"images": Projected(total, total * image)}
+    if rows := total * _label_epochs(recipe, total, classes):
+        row = _view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes)
+        found["soft_labels"] = Projected(rows, rows * row)
+    if recipe.relabel.full:
+        rows = total * recipe.relabel.epochs
+        found["soft_labels_full"] = Projected(rows, rows * (_view_bytes(recipe) + 2 * classes))
+    return found
+
+
+def show(recipe: Recipe, found: dict[str, Projected]) -> None:
+    """Prints what a set would hold and, with `hub.push`, what its publication would do."""
+    for config, (rows, size) in found.items():
+        kind = "" if config == "images" else f", {recipe.relabel.codec if config == 'soft_labels' else 'dense'}"
+        print(f"{config:<16}{rows:>10} rows  {size / 2**20:>12.1f} MiB before compression{kind}")
+    if recipe.hub.push:
+        from . import pushing
+
+        print(pushing.planned(recipe, {config: size for config, (_, size) in found.items()}))
 
 
 def _sets(recipe: Recipe) -> int:

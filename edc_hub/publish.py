@@ -8,7 +8,7 @@ The same command again does nothing where the version is there, and goes on wher
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -95,20 +95,23 @@ def push(
 
     Returns what was published, and as what, the set last. Errors: InputError in one line.
     """
-    hub.check(id, tag)
-    for name in [id, *([observers] if observers else [])]:
-        hub.may_write(name, _say)  # before the files are read
+    names = [id, *([observers] if observers else [])]
+    for name in names:
+        hub.check(name, tag)
+    for name in names:
+        hub.may_write(name, say)  # before the files are read
     with _prepared(folder, id, observers) as (models, dataset):
         version, tags = None, [hub.look(model, private=private).tag for model in models]
         if models:
             version = dataset(tags)
             hub.look(version, tag, private)  # a set that would be refused leaves no observers behind
-        done = [(model, hub.publish(model, private=private, say=_say)) for model in models]
+        done = [(model, hub.publish(model, private=private, say=say)) for model in models]
         if version is None or tags != [plan.tag for _, plan in done]:
             version = dataset([plan.tag for _, plan in done])
-        done.append((version, hub.publish(version, tag=tag, private=private, say=_say)))
-        if models:  # the next version names them too
-            (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
+        done.append((version, hub.publish(version, tag=tag, private=private, say=say)))
+        if models:
+            with suppress(OSError):  # where the folder may be written, the next version names them too
+                (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
         return done
 
 
@@ -147,7 +150,7 @@ def _address(version: Version, done: Plan) -> str:
     return f"{constants.ENDPOINT}/{prefix}{version.id}/tree/{done.tag}"
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -201,6 +201,7 @@ class Hub(Section):
     push: bool = Field(False, description="publish the set once it is finished")
     id: str | None = Field(None, description="ORG/NAME of the data set on the Hub")
     tag: str | None = Field(None, description="v1.0.0; by the rules when not given: schema, data, card or results")
+    observers: str | None = Field(None, description="ORG/NAME: a model repository ORG/NAME-<observer> for each")
     private: bool = Field(False, description="where the repository is made, only its owner sees it")
 
 

@@ -44,10 +44,16 @@ def command(argv: list[str]) -> None:
         return
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
+    if recipe.hub.push and launch.is_first():
+        from . import pushing
+
+        pushing.before(recipe, folder / "dataset")
     with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
         dataset = relabel(parsed, folder, session)
         if session.state.is_main_process:
             print(dataset)
+    if recipe.hub.push and launch.is_first():
+        pushing.after(recipe, dataset)
 
 
 def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
@@ -148,14 +154,15 @@ def show_plan(parsed: Parsed, session: "Session") -> None:
     """Prints what would be made on stdout; trains, labels and writes nothing."""
     foreign, recipe, real = read(parsed)
     if session.state.is_main_process:
+        from . import plan
+
         section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
-        rows, sets = count * section.epochs, 1 + section.random_draws * section.controls
+        sets = 1 + section.random_draws * section.controls
         print(f"{foreign.facts['id']}: {classes} classes, {recipe.ipc} images each, {foreign.images.shape[-1]} px")
         print(f"run folder: {launch.run_folder(recipe)}")
         print(f"observers: {', '.join(net.name for net in recipe.observers.networks)}")
-        print(
-            f"sets: {sets}, each of {rows} labelled views, {2 * rows * classes / 2**20:.1f} MiB of logits as float16"
-        )
+        print(f"sets: {sets}")
+        plan.show(recipe, plan.sizes(recipe, foreign.images, count, classes))
 
 
 if __name__ == "__main__":

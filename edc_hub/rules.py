@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from .errors import InputError
 from .protocol import Evaluation, of_student, student_name
 from .recipe import Recipe, snapshots
+from .versions import NUMBERED
 
 
 _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
@@ -170,7 +171,13 @@ def _hub(recipe: Recipe) -> Iterator[str]:
     section = recipe.hub
     if section.push and section.id is None:
         yield "hub.id: push is on, and the set has no name; write --hub.id ORG/NAME"
-    if section.id is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", section.id):
-        yield f"hub.id: {section.id!r} is no name of a repository; write ORG/NAME"
-    if section.tag is not None and not re.fullmatch(r"v\d+\.\d+\.\d+", section.tag):
+    for key, name in (("id", section.id), ("observers", section.observers)):
+        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            yield f"hub.{key}: {name!r} is no name of a repository; write ORG/NAME"
+    if section.push and recipe.relabel.codec == "observers" and section.observers is None:
+        yield (
+            "hub.observers: a set without stored views is published with the observers that label it; write "
+            "--hub.observers ORG/NAME, or another relabel.codec"
+        )
+    if section.tag is not None and not NUMBERED.fullmatch(section.tag):
         yield f"hub.tag: {section.tag!r} is no version; write e.g. v1.0.0, or null"

@@ -12,15 +12,17 @@ from .errors import InputError
 from .feed import Teach
 from .networks import Network
 from .protocol import Evaluation
+from .recipe import Network as Section
 from .recipe import Recipe, Source, selected
 from .views import ViewTable
 from .work import Session
 
 
 class Teachers:
-    """The networks that label online: those of `evaluation.teachers`, or the observers of the run beside the set.
+    """The networks that label online: those of `evaluation.teachers`, else the observers of the run beside the set,
+    else those that are published with it.
 
-    Nothing is loaded before it is asked for. Raises InputError where neither is there.
+    Nothing is loaded before it is asked for. Raises InputError where none is there.
     """
 
     def __init__(self, condensed: CondensedSet, section: Evaluation, real: Source, session: Session):
@@ -29,23 +31,32 @@ class Teachers:
     @cached_property
     def _recipe(self) -> Recipe:
         run, given = self._condensed.run, self._section.teachers
-        if not given and run is None:
-            raise InputError(
-                "evaluation.labels: online, but the set lies beside no run whose observers could label; name networks "
-                "in evaluation.teachers, or write --evaluation.labels stored"
-            )
-        content = documents.load(run / "recipe.yaml") if run and not given else self._condensed.recipe
-        recipe = recipes.resolve(content)
-        if not given:
-            return recipe  # as it is, so that the run's own observers are found and none is trained
+        if run and not given:  # as it is, so that the run's own observers are found and none is trained
+            return recipes.resolve(documents.load(run / "recipe.yaml"))
+        recipe = recipes.resolve(self._condensed.recipe)
         changes = {
             "source": self._source,
-            "observers": recipe.observers.model_copy(update={"networks": given}),
+            "observers": recipe.observers.model_copy(update={"networks": given or self._published(recipe)}),
             "relabel": recipe.relabel.model_copy(update={"observers": None}),
             "synthesize": recipe.synthesize.model_copy(update={"iterations": 0}),
             "initialize": recipe.initialize.model_copy(update={"kind": "real"}),
         }
         return recipe.model_copy(update=changes)  # they label and do nothing else
+
+    def _published(self, recipe: Recipe) -> list[Section]:
+        """The observers that label the set, with the weights that are published with it."""
+        found, sections = self._condensed.published_observers, {net.name: net for net in recipe.observers.networks}
+        if found is None:
+            raise InputError(
+                "evaluation.labels: online, but the set lies beside no run whose observers could label, and none are "
+                "published with it; name networks in evaluation.teachers, or write --evaluation.labels stored"
+            )
+        networks = []
+        for name, epoch in selected(recipe, recipe.relabel.observers):
+            known = found[f"{name}@{epoch}" if epoch else name]
+            own = {"name": f"{name}-{epoch}" if epoch else name, "weights": known["weights"], "train": None}
+            networks.append(sections[name].model_copy(update=own))
+        return networks
 
     @cached_property
     def _observers(self) -> observers.Observers:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import DatasetCard, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import _CACHED_NO_EXIST, DatasetCard, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from . import documents
+from . import documents, hub_errors
+from .errors import InputError
 
 
 _HERE = Path(__file__).parent
@@ -22,7 +23,8 @@ def of(source: str, path: str, commit: str | None) -> dict[str, Any]:
     """What a manifest says of a source's terms: the keys of UNKNOWN.
 
     Args: source: its id; path: `source.path`, perhaps a local folder; commit: of a Hub set, whose card is read there.
-    A source that states no license gives `unknown`, and nothing is assumed in its place.
+    A source that states no license gives `unknown`, and nothing is assumed in its place. Errors: InputError where
+    there may be a card that cannot be reached.
     """
     known = documents.load(CARDS / "sources.yaml")
     pattern = next((key for key in known if key[0] == "*" and key[1:] in source.lower()), None)
@@ -42,11 +44,28 @@ def of(source: str, path: str, commit: str | None) -> dict[str, Any]:
 
 
 def _card(source: str, path: str, commit: str | None) -> DatasetCard | None:
-    """The source's own card, if it has one that can be read."""
+    """The source's own card; None where it has none, or one whose metadata nobody can read."""
     try:
-        file = Path(path).expanduser() / "README.md"
-        if commit:
-            file = Path(hf_hub_download(source, "README.md", repo_type="dataset", revision=commit))
-        return DatasetCard.load(file) if file.is_file() else None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, ValueError, OSError, yaml.YAMLError):
-        return None  # no card, or one whose metadata nobody can read
+        file = _download(source, commit) if commit else Path(path).expanduser() / "README.md"
+        return DatasetCard.load(file) if file and file.is_file() else None
+    except (ValueError, yaml.YAMLError):
+        return None
+    except OSError as error:
+        raise InputError(
+            f"source.path: the card of {source}, which states its license, cannot be read ({_first_line(error)}); "
+            "give the same command again once it can"
+        ) from error
+
+
+def _download(source: str, commit: str) -> Path | None:
+    if try_to_load_from_cache(source, "README.md", revision=commit, repo_type="dataset") is _CACHED_NO_EXIST:
+        return None  # known without a network
+    try:
+        options = {"repo_type": "dataset", "revision": commit}
+        return Path(hub_errors.steady(lambda: hf_hub_download(source, "README.md", **options)))
+    except RemoteEntryNotFoundError:
+        return None
+
+
+def _first_line(error: OSError) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -5,9 +5,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from huggingface_hub.hf_api import RepoFile
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 
 DATA = re.compile(r"(images|soft_labels\w*)/.+|.+\.safetensors")
@@ -26,7 +28,7 @@ class File(NamedTuple):
     def read(cls, path: str, data: bytes) -> "File":
         return cls(path, data, len(data), hashlib.sha256(data).hexdigest())
 
-    def is_in(self, tree: dict[str, RepoFile]) -> bool:
+    def is_in(self, tree: "dict[str, RepoFile]") -> bool:
         """Whether a commit of these files has this very one."""
         there = tree.get(self.path)
         if there is None or there.size != self.size:

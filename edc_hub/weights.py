@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -47,11 +48,46 @@ def find(arch: str, weights: str) -> Weights:
         return _folder(arch, path)
     if path.is_file():
         return Weights(sha256(path), path.name, lambda: _read(path))
-    if single := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/([\w./-]+\.safetensors)(?:@([\w./-]+))?", weights):
-        return _hub_file(single[1], single[2], single[3])
-    if path.suffix in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", weights):
+    repo, name, revision = _on_hub(weights)
+    if repo is None:
         raise InputError(f"weights: no file {weights}; give a Hub id (org/name), a .safetensors or a .pth file")
-    return _hub(arch, weights)
+    return _hub_file(repo, name, revision) if name else _hub(arch, repo, revision)
+
+
+def known(arch: str, weights: str) -> str:
+    """What `find` would read, for people; of a Hub id it only asks whether it is there and downloads nothing.
+
+    Raises InputError where there is nothing.
+    """
+    repo, name, revision = _on_hub(weights)
+    if weights.startswith("torchvision/") or Path(weights).expanduser().exists() or repo is None:
+        return find(arch, weights).source
+    is_theirs = arch.startswith(("transformers/", "timm/"))
+    names = (name,) if name else (OURS, "config.json") if is_theirs else FILES
+    try:
+        if any(_there(repo, each, revision) for each in names):
+            return weights
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"weights: cannot ask the Hub for {weights} ({reason}); look at the network or give a file"
+        ) from error
+    raise InputError(f"weights: {weights} has no {' or '.join(names)} on the Hub; check the id or give a file")
+
+
+def _there(repo: str, name: str, revision: str | None) -> bool:
+    cached = try_to_load_from_cache(repo, name, revision=revision)
+    return isinstance(cached, str) or HfApi().file_exists(repo, name, revision=revision)
+
+
+def _on_hub(weights: str) -> tuple[str | None, str | None, str | None]:
+    """Repository, file in it and revision that the key may name; None where it names none."""
+    if single := re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/([\w./-]+\.safetensors)(?:@([\w./-]+))?", weights):
+        return single[1], single[2], single[3]
+    if Path(weights).suffix in FILE_SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+(@[\w./-]+)?", weights):
+        return None, None, None
+    repo, _, revision = weights.partition("@")
+    return repo, None, revision or None
 
 
 def _torchvision(name: str, weights: str) -> Weights:
@@ -91,10 +127,9 @@ def _folder(arch: str, folder: Path) -> Weights:
     raise InputError(f"weights: {folder} holds neither {' nor '.join(FILES)}; name the file itself")
 
 
-def _hub(arch: str, weights: str) -> Weights:
-    repo, _, revision = weights.partition("@")
+def _hub(arch: str, repo: str, revision: str | None) -> Weights:
     library = arch.partition("/")[0] if arch.startswith(("transformers/", "timm/")) else None
-    file = _fetch(repo, revision or None, (OURS, "config.json") if library else FILES)
+    file = _fetch(repo, revision, (OURS, "config.json") if library else FILES)
     commit = file.parent.name  # …/snapshots/<commit>/<file>
     if file.name == OURS:
         return _hub_file(repo, FILES[0], commit)

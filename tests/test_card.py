@@ -82,6 +82,8 @@ def test_the_command_of_the_card_makes_the_same_recipe(dataset, monkeypatch):
     command = re.search(r"```bash\n.*?edc-hub condense ([^`]*)```", text, re.DOTALL)[1].split()
     monkeypatch.chdir(dataset)
     recipe, *_ = recipes.parse(command, prog="condense")
+    assert recipe.source.revision == json.loads((dataset / "manifest.json").read_text("utf-8"))["source"]["commit"]
+    recipe = recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": None})})
     assert recipes.published(recipe) == (dataset / "recipe.yaml").read_text("utf-8")
 
 
@@ -130,7 +132,8 @@ def test_tags_and_license_of_an_older_card_of_ours_are_no_person_s(dataset):
 
 def test_the_card_pins_the_source_and_names_published_observers(dataset):
     text, manifest, evaluation = read(dataset)
-    assert "--source.revision" not in again(dataset, "org/toy")
+    manifest["source"]["commit"] = None
+    assert "--source.revision" not in card.again(text, manifest, evaluation, "org/toy")
     manifest["source"]["commit"] = "c" * 40
     found = {"a@3": {"weights": "org/toy-a@v1.0.0", "arch": "convnet", "bytes": 4321}}
     made = card.again(text, manifest, evaluation, "org/toy", found)

@@ -79,7 +79,10 @@ def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
     assert protocol(
         "--evaluation.protocol", "rd3", "--evaluation.labels", "stored", "--evaluation.augment", "set"
     ) == ("rd3 (labels stored, augment set, 3 label epochs, labels of 2 networks)")
-    assert protocol("--evaluation.protocol", "rded", "--evaluation.view.flip", "false") == "rded (view flip False, labels of 2 networks)"
+    assert (
+        protocol("--evaluation.protocol", "rded", "--evaluation.view.flip", "false")
+        == "rded (view flip False, labels of 2 networks)"
+    )
     assert protocol("--evaluation.protocol", "dc", "--evaluation.students", "resnet18,convnet3") == "dc"
     for key, value in (("lr", 0.5), ("test_resize", 9), ("precision", "bfloat16"), ("momentum", 0.1)):
         assert protocol("--evaluation.protocol", "dc", f"--evaluation.{key}", value) == f"dc ({key} {value})"
@@ -90,7 +93,10 @@ def test_the_printed_recipe_loads_back_to_the_same_comparison(ask, tmp_path):
     first = ask(*more)
     (tmp_path / "mine.yaml").write_text(documents.write(first.comparison.model_dump()))
     again = comparison.parse([str(tmp_path / "mine.yaml")])
-    assert again.comparison == first.comparison and again.protocol == first.protocol == "rded (lr 2e-05, labels of 2 networks)"
+    assert (
+        again.comparison == first.comparison
+        and again.protocol == first.protocol == "rded (lr 2e-05, labels of 2 networks)"
+    )
 
 
 def test_lists_may_be_written_with_commas(ask):

@@ -111,6 +111,23 @@ def test_weights_that_are_not_there_are_found(capsys):
     assert findings(capsys.readouterr().out)["weights"][1].startswith("weights: no file ./none.safetensors; give")
 
 
+def test_weights_on_the_hub_are_asked_for_and_not_downloaded(tmp_path):
+    keys = ["--relabel.observers", "null", "--synthesize.observers", "null", "--initialize.observers", "null"]
+    with Hub() as hub:
+        hub.commit("org/net", {"model.safetensors": b"x" * 1000}, repo_type="model")
+        said = []
+        for arch, weights in (("resnet18", "org/net"), ("resnet18", "org/net/model.safetensors@main"),
+                              ("timm/resnet18", "org/net"), ("resnet18", "org/none")):  # fmt: skip
+            said.append(
+                ["", "digits", "--observers.networks", f"[{{name: a, arch: {arch}, weights: {weights}}}]", *keys]
+            )
+        found, _ = asked(hub, tmp_path / "home", said)
+        assert not [request for request in hub.log if request.method == "GET" and "/resolve/" in request.path]
+    marks = [each["weights"][0] for _, each in found]
+    assert marks == ["ok", "ok", "FAIL", "FAIL"] and found[0][1]["weights"][1] == "a: org/net"
+    assert "org/none has no model.safetensors or pytorch_model.bin on the Hub" in found[3][1]["weights"][1]
+
+
 def test_a_wrong_recipe_is_status_2(capsys):
     assert doctor.main(["digits", "--ipcc", "3"]) == 2
     assert "ipcc: unknown key" in capsys.readouterr().err

@@ -362,6 +362,126 @@ def test_a_condensed_set_pushes_itself_and_what_was_loaded_goes_on_to_another_na
     assert {path for path in first if first[path] != fork[path]} == {"README.md"}
 
 
+def test_observers_are_published_before_the_set_that_names_them(hub, publish, toy_run, name, tmp_path):
+    runs, nets = Path(shutil.copytree(toy_run.parent, tmp_path / "runs")), f"{name[:40]}-nets"
+    run = runs / toy_run.name
+    planned = publish(run, name, "--observers", nets, "--dry_run")
+    assert planned.out.index(f"create    model {nets}-plain") < planned.out.index(f"create    dataset {name}")
+    assert "add       observers.json" in planned.out and not hub.repos.keys() & {
+        f"models/{nets}-plain",
+        f"datasets/{name}",
+    }
+    done = publish(run, name, "--observers", nets)
+    ids = [f"{nets}-{net}" for net in ("plain", "other")]
+    addresses = [*(f"{hub.url}/{id}/tree/v1.0.0" for id in ids), f"{hub.url}/datasets/{name}/tree/v1.0.0"]
+    assert done.status == 0 and sorted(done.out.split()) == sorted(addresses), done.err
+    assert done.out.split()[-1] == addresses[-1]
+    found = json.loads(hub.files(name)["observers.json"])
+    for id, net in zip(ids, ("plain", "other"), strict=True):
+        size = len(hub.files(id, repo_type="model")["model.safetensors"])
+        assert found[f"{net}@3"] == {"weights": f"{id}@v1.0.0", "arch": "convnet", "bytes": size}
+        assert f"| weights of {net}@3 | `{id}@v1.0.0`, convnet, " in hub.files(name)["README.md"].decode()
+    assert publish(run, name, "--observers", nets).err.count("nothing to do") == 3
+    assert publish(run, name).err.count("nothing to do") == 1
+    other = f"{name[:40]}-more"
+    refused = publish(run, name, "--observers", other, "--tag", "v1.0.0")  # before its observers are there
+    assert refused.status == 2 and "--tag v1.0.1" in refused.err and f"models/{other}-plain" not in hub.repos
+    code = """
+    import sys
+    import torch
+    from accelerate import PartialState
+    from pathlib import Path
+    from edc_hub import CondensedSet, documents, recipes, source, teachers
+    from edc_hub.protocol import Evaluation
+    from edc_hub.work import Session, Store
+    id, run, place = sys.argv[1:]
+    session = lambda place: Session(Store(Path(place)), PartialState(cpu=True), torch.device("cpu"))
+    real = recipes.resolve(documents.load(Path(run) / "recipe.yaml")).source
+    section, x = Evaluation(labels="online"), torch.rand(4, 3, 8, 8)
+    theirs = teachers.Teachers(CondensedSet.load(id), section, real, session(place))
+    own = teachers.Teachers(CondensedSet.load(run + "/dataset"), section, real, session(run + "/../artifacts"))
+    assert torch.equal(theirs.teach(x, {}), own.teach(x, {})) and len(theirs.fingerprints) == 2
+    """
+    shared = python(code, hub.url, tmp_path / "home", None, name, str(run), str(tmp_path / "artifacts"))
+    assert shared.returncode == 0, shared.stderr
+
+
+def test_a_set_without_stored_views_is_not_published_without_its_observers(hub, publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["soft_labels"]["codec"] = "observers"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    refused = publish(folder, name)
+    assert refused.status == 2 and "--observers ORG/NAME" in refused.err and len(refused.err.splitlines()) == 1
+    assert f"datasets/{name}" not in hub.repos
+
+
+def test_pictures_that_a_version_has_no_more_are_removed(hub, publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    (folder / "assets/curves.png").write_bytes(b"curves")
+    edit(folder)
+    publish(folder, name)
+    assert publish(dataset, name).out.endswith("/tree/v1.0.1\n")
+    assert not {"assets/curves.png", "results.json"} & set(hub.files(name))
+    assert "assets/curves.png" in hub.files(name, "v1.0.0")
+
+
+def test_a_streamed_set_reads_one_epoch_and_keeps_none(hub, publish, dataset, name, tmp_path):
+    publish(dataset, name)
+    code = """
+    import sys
+    from edc_hub import CondensedSet
+    id, folder = sys.argv[1:]
+    there, here = CondensedSet.load(id, revision="v1.0.0", streaming=True), CondensedSet.load(folder, streaming=True)
+    table, soft = there.views(1)
+    own, logits = here.views(1)
+    assert (soft == logits).all() and all((table[key] == own[key]).all() for key in own)
+    """
+    done = python(code, hub.url, tmp_path / "home", None, name, str(dataset))
+    assert done.returncode == 0, done.stderr
+    kept = {path.name for path in (tmp_path / "home").rglob("snapshots/*/**/*") if path.is_file()}
+    assert kept <= {"manifest.json", "recipe.yaml"}
+
+
+def test_what_the_hub_would_refuse_is_said_before_a_run_and_its_plan_shows_the_rest(
+    hub, publish, dataset, name, tmp_path
+):
+    code = """
+    import sys
+    from pathlib import Path
+    from edc_hub import pushing
+    from edc_hub.errors import InputError
+    from edc_hub.recipe import Recipe
+    def ask(**section):
+        recipe = Recipe(hub={"push": True, **section})
+        for call in (lambda: pushing.planned(recipe, {"images": 2e6, "soft_labels": 3e6}),
+                     lambda: pushing.before(recipe, Path("/nowhere"))):
+            try:
+                print(call())
+            except InputError as error:
+                print("refused", error)
+        print("----")
+    id, theirs = sys.argv[1:]
+    ask(id=id + "-new", tag="v3.0.0", private=True, observers="org/nets")
+    ask(id=id)
+    ask(id=id, tag="v1.0.0")
+    ask(id=id, private=True)
+    ask(id=theirs)
+    """
+    publish(dataset, name)
+    theirs = f"{name[:40]}-theirs"
+    hub.commit(theirs, {"data/train-0.parquet": b"rows"})
+    done = python(code, hub.url, tmp_path / "home", hub.token, name, theirs)
+    assert done.returncode == 0, done.stderr
+    new, known, taken, public, others = done.stdout.split("----\n")[:-1]
+    assert new.startswith(f"create    dataset {name}-new (private)\n") and "tag       v3.0.0\nNone" in new
+    assert re.search(r"add       soft_labels/train-\*.parquet +3.0 MB", new) and "create" not in known
+    assert "tag       what follows v1.0.0" in known and "refused" not in known
+    assert taken.count("refused tag: v1.0.0") == 2 and public.count("refused private:") == 2
+    assert others.count("left alone") == 2
+    del hub.repos[f"datasets/{theirs}"]
+
+
 # What goes wrong on the way
 
 STEPS = {

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import re
 
 import datasets
 import pytest
 import torch
 import yaml
+from hub import Hub, python
 from toys import write_parquet
 
 from edc_hub import condensed, foreign, given, recipe, relabel, source
@@ -242,7 +244,33 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, theirs, capsys):
     status, folder = run(theirs[0], "planned", "--dry_run")
     out = capsys.readouterr().out
     assert status == 0 and not folder.exists()
-    assert "their-digits: 10 classes, 3 images each, 8 px" in out and "sets: 2, each of 60 labelled views" in out
+    assert "their-digits: 10 classes, 3 images each, 8 px" in out and "sets: 2\n" in out
+    assert re.search(r"soft_labels +60 rows .* MiB before compression, dense\n", out)
+
+
+def test_a_set_is_published_once_it_is_labelled(made, theirs, tmp_path):
+    code = """
+    import json, sys
+    from edc_hub import relabel
+    sys.exit(relabel.main(json.loads(sys.argv[1])))
+    """
+    argv = [str(made.parent / "tiny.yaml"), "--images", str(theirs[0]), "--output_dir", str(made.parent / "pushed")]
+    argv += ["--threads", "1", "--device", "cpu", "--relabel.controls", "false", "--relabel.codec", "observers"]
+    argv += ["--evaluation.labels", "online", "--evaluation.augment", "own", "--hub.push", "true"]
+    with Hub() as hub:
+        place = ["--hub.id", "org/digits", "--hub.observers", "org/nets"]
+        for more in (place[:2], [*place, "--dry_run"], place):
+            done = python(code, hub.url, tmp_path / "home", hub.token, json.dumps([*argv, *more]))
+            if more == place[:2]:
+                assert done.returncode == 2 and "hub.observers: a set without stored views" in done.stderr
+                continue
+            assert done.returncode == 0, done.stderr
+            if "--dry_run" in more:
+                assert "create    dataset org/digits\ncommit    model org/nets-plain\n" in done.stdout
+                assert not hub.repos and "soft_labels" not in done.stdout
+        files = hub.files("org/digits", "v1.0.0")
+        assert json.loads(files["observers.json"])["plain@3"]["weights"] == "org/nets-plain@v1.0.0"
+        assert "observers that label" in files["README.md"].decode() and hub.tags("org/nets-plain", "model")
 
 
 def test_the_recipe_is_printed_and_read_again(run, theirs, tmp_path, capsys):

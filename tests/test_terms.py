@@ -1,8 +1,10 @@
 """Terms of a source: from the table, from its own card, or unknown."""
 
 import pytest
+from helpers_labels import real
 
 from edc_hub import terms
+from edc_hub.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -45,4 +47,13 @@ def test_other_cards(tmp_path, text, license):
 
 def test_nothing_is_assumed_without_a_card(tmp_path):
     assert terms.of("toys", str(tmp_path), None) == terms.UNKNOWN
-    assert terms.of("toys/blocks", "toys/blocks", "c" * 40)["license"] == "unknown"
+
+
+def test_a_set_that_is_known_to_have_no_card_states_none():
+    known = real(2)
+    assert terms.of(known.id, known.id, known.commit)["license"] == "unknown"
+
+
+def test_a_card_that_cannot_be_reached_is_not_taken_for_none():
+    with pytest.raises(InputError, match="source.path: the card of toys/blocks, which states its license"):
+        terms.of("toys/blocks", "toys/blocks", "c" * 40)  # without a network

@@ -1,0 +1,46 @@
+"""`hub.push` of a recipe: what `condense` and `relabel` do about it before they start and once they are done."""
+
+from pathlib import Path
+
+from . import hub, publish
+from .recipe import Recipe
+
+
+def before(recipe: Recipe, folder: Path) -> None:
+    """Raises InputError, before hours of work, for what the Hub would refuse of the set to be made in `folder`."""
+    section = recipe.hub
+    for name in _repositories(recipe):
+        hub.may_write(name, publish.say)
+    finished = (folder / "manifest.json").is_file()  # the tag may hold this very set
+    _newest(section.id, tag=None if finished else section.tag, private=section.private)
+
+
+def after(recipe: Recipe, folder: Path) -> None:
+    """Publishes the set that a recipe with `hub.push` made."""
+    section = recipe.hub
+    publish.push(folder, section.id, tag=section.tag, private=section.private, observers=section.observers)
+
+
+def planned(recipe: Recipe, sizes: dict[str, float]) -> str:
+    """What `after` would do with a set that is not made yet.
+
+    Args: sizes: projected bytes of each configuration. Errors: as those of `before`, but for the token.
+    """
+    section = recipe.hub
+    newest = _newest(section.id, tag=section.tag, private=section.private)
+    lines = [f"create    dataset {section.id}{' (private)' if section.private else ''}"] if newest is None else []
+    if section.observers:
+        lines += [f"commit    model {section.observers}-{net.name}" for net in recipe.observers.networks]
+    lines += [f"add       {f'{name}/train-*.parquet':<44} {size / 1e6:>14,.1f} MB" for name, size in sizes.items()]
+    lines += [f"add       {name}" for name in ("README.md", "assets/grid.png", "manifest.json", "recipe.yaml")]
+    lines.append(f"commit    dataset {section.id}, {sum(sizes.values()) / 1e6:,.1f} MB")
+    default = f"what follows {newest}: schema, data, card or results" if newest else "v1.0.0"
+    return "\n".join([*lines, f"tag       {section.tag or default}"])
+
+
+def _repositories(recipe: Recipe) -> list[str]:
+    return [name for name in (recipe.hub.id, recipe.hub.observers) if name]
+
+
+def _newest(id: str, *, tag: str | None, private: bool) -> str | None:
+    return hub.newest(id, type="dataset", mark="manifest.json", tag=tag, private=private)
