@@ -36,6 +36,7 @@ def test_other_columns_are_a_major_version(changed, version):
         (errno.EACCES, "/elsewhere/x", "^/elsewhere/x: no permission; allow it", "HF_HOME"),
         (errno.ENOSPC, "/elsewhere/x", "^/elsewhere/x: the disk is full; free some space", "HF_HOME"),
     ],
+    ids=["full cache", "forbidden cache", "forbidden elsewhere", "full elsewhere"],
 )
 def test_a_disk_s_error_names_the_place_and_what_helps(number, place, said, not_said):
     with pytest.raises(InputError, match=said) as refused, hub_errors.plain("org/toy"):
