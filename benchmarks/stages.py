@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 
-from edc_hub import feed, labels, launch, matching, moments, networks, recipes, students, synthesize, views
+from edc_hub import crops, feed, labels, launch, matching, moments, networks, recipes, students, synthesize, views
 from edc_hub.condensed import CondensedSet
 from edc_hub.moments import Targets
 from edc_hub.networks import Network
@@ -106,7 +106,7 @@ def synthesis_step(names: list[str], session: Session, flatness: str = "none") -
 
     def ours() -> None:
         for one in observed:  # the body of `synthesize.optimise`
-            crop, averaged = synthesize.Crop(start.shape[-1], section, draws), None
+            crop, averaged = crops.Crop(start.shape[-1], section, draws), None
             if flatness == "logits":
                 average.lerp_(z.detach(), 1 - section.flatness.beta)
                 averaged = crop(space.to_x(average))

@@ -95,6 +95,8 @@ def _rendered(
         title=_title(manifest),
         count=images["count"],
         size=images["size"],
+        grid=(side := manifest.get("decode", {"grid": 1})["grid"]),
+        shown="pictures" if side > 1 else "images",
         soft=soft,
         likeness=manifest.get("likeness"),
         source=source,

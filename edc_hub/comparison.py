@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is imported once the keys are known to be right
 
 _FLAGS = {"print_recipe": "print the resolved recipe and what its rows are called"}
 _SHIPPED = recipes.ROOT / "evaluation"
-_ONE_TEACHER = ("rded", "sre2l", "rd3")  # protocols whose labels are those of one trained ResNet-18
+_ONE_TEACHER = ("rded", "sre2l", "cda", "rd3")  # protocols whose labels are those of one trained ResNet-18
 _MADE = ("name", "method", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # decide what a set is
 _OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure need not share
 
@@ -76,7 +76,11 @@ def parse(argv: list[str] | None) -> Parsed:
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
-    given = recipes.layered([*layers, overrides], Comparison)
+    return resolve(recipes.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
+
+
+def resolve(given: dict[str, Any]) -> Parsed:
+    """What is asked for by keys and values, nested like a recipe, with the sets they name opened."""
     asked = _model(given)
     if not asked.dataset:
         raise InputError("dataset: none given; write --dataset FOLDER or --dataset ORG/NAME")
@@ -93,7 +97,7 @@ def parse(argv: list[str] | None) -> Parsed:
     comparison = _model(_resolved(given, sets[0]))
     rules.validate_protocol(comparison.evaluation)
     _refuse_seen_holdout(comparison, sets[0])
-    return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), flags["print_recipe"])
+    return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
 
 
 def _usage() -> str:

@@ -11,12 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import launch, recipes
+from . import launch, methods, recipes
 from .errors import InputError
 from .recipe import Recipe
 
 
 if TYPE_CHECKING:  # torch is imported once the recipe is known to be right: a typo is answered at once
+    from .source import RealSet
     from .work import Session
 
 
@@ -33,33 +34,28 @@ def command(argv: list[str]) -> None:
         return
     if recipe.method == "relabel":  # the recipe that a relabelled set carries; it makes no images
         raise InputError("method: relabel labels images that are there; write edc-hub relabel RECIPE --images …")
+    function = methods.find(recipe.method)
     if dry_run:
         from . import plan
 
-        plan.dry_run(recipe)
+        if function:
+            print(f"synthesize: by {recipe.method}, whose time is not projected")
+        plan.dry_run(methods.without_synthesis(recipe) if function else recipe)
         return
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
-    if recipe.hub.push and launch.is_first():
-        from . import pushing
-
-        pushing.before(recipe, folder / "dataset")
-    with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
-        dataset = condense(recipe, folder, session)
-        if session.state.is_main_process:
-            print(dataset)
-    if recipe.hub.push and launch.is_first():
-        pushing.after(recipe, dataset)
+    launch.make(recipe, folder, lambda session: condense(recipe, folder, session))
 
 
-def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
-    """Does the whole job on every process of the group; returns the dataset folder."""
+def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> Path:
+    """Does the whole job on every process of the group, with the source opened where it is not given; returns the
+    dataset folder."""
     from . import initialize, labels, moments, observers, pictures, source, synthesize, work
 
-    clock = pictures.Clock(session)
+    clock, function = pictures.Clock(session), methods.find(recipe.method)
     with clock("source"):
-        real = source.load(recipe.source)
+        real = real or source.load(recipe.source)
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
         real.preload()
@@ -69,11 +65,15 @@ def condense(recipe: Recipe, folder: Path, session: "Session") -> Path:
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     with clock("moments"):
-        targets = moments.obtain(recipe, real, watching, session) if recipe.synthesize.iterations else None
+        matched = recipe.synthesize.iterations and not function
+        targets = moments.obtain(recipe, real, watching, session) if matched else None
     with clock("initialize"):
         initial = initialize.obtain(recipe, real, watching, session)
     with clock("synthesize"):
-        images = synthesize.obtain(recipe, real, watching, targets, initial, session)
+        if function:
+            images = methods.obtain(function, recipe, real, watching, initial, session)
+        else:
+            images = synthesize.obtain(recipe, real, watching, targets, initial, session)
     made, wrote = pictures.Pictures("relabel", folder / "dataset", images, initial, None), False
     others = pictures.controls(recipe, real, initial, folder) if recipe.relabel.controls else []
     for each in itertools.chain([made], others):  # one at a time in memory

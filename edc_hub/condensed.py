@@ -5,26 +5,23 @@ Equal inputs give equal bytes. A folder is built beside its place and renamed in
 """
 
 import hashlib
-import io
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.dataset
 import torch
-from PIL import Image
 from torch import Tensor
 
-from . import card, codecs, documents, hub, likeness, manifest, recipes, tables, terms, views, work
+from . import canvas, card, codecs, documents, encoding, hub, likeness, manifest, recipes, tables, terms, views, work
 from .contents import OBSERVERS
 from .errors import InputError
 from .labels import Labels
-from .recipe import Images, Recipe, Relabel
+from .recipe import Recipe, Relabel
 from .remote import Parquet
 from .views import ViewTable
 
@@ -36,33 +33,6 @@ if TYPE_CHECKING:
 
 
 VERSION = 2  # of how a folder is made from its inputs; raised when equal inputs would give other files
-
-
-def encode(images: Tensor, section: Images) -> list[bytes]:
-    """Encoded files of uint8 (N, 3, s, s): PNG up to 64 px, above it `images.format`."""
-    kind, options = "png", {"optimize": True}
-    if images.shape[-1] > 64 and section.format != "png":
-        kind, options = section.format, {"quality": section.quality}
-        if kind == "jpeg":
-            options["subsampling"] = 0  # full-size colour planes
-    return [_encode(pixels.permute(1, 2, 0).contiguous().numpy(), kind, options) for pixels in images]
-
-
-def _encode(pixels: np.ndarray, kind: str, options: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def decode(files: Iterable[bytes]) -> Tensor:
-    """Images of encoded files: uint8 (N, 3, s, s)."""
-    files, images = list(files), torch.empty(0)
-    for index, file in enumerate(files):
-        pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(file)).convert("RGB"))).permute(2, 0, 1)
-        if index == 0:
-            images = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)  # once: ImageNet's are 7.5 GB
-        images[index] = pixels
-    return images
 
 
 def write(
@@ -113,12 +83,14 @@ def write(
             data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
         _write_text(part / "recipe.yaml", published)
         shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=made_here)
-        pictures = [decode(files[row] for row in shown.tolist())]
+        pictures = [encoding.decode(files[row] for row in shown.tolist())]
         pictures = [initial.images[shown], *pictures] if made_here else pictures
         work.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
         if made_here:
             whole = recipe.initialize.kind != "rded"  # which cuts crops, though there may be one an image
-            known["likeness"] = likeness.facts(files, decode, initial.source_rows, real, whole=whole)
+            grid, tiles = recipe.images.grid, initial.source_rows
+            of_pictures, tiles = partial(canvas.of_files, files, grid), tiles.view(len(files) * grid**2, -1)
+            known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
         text = card.render(facts, recipe.evaluation, data, folder.name, old=folder / "README.md")
@@ -247,13 +219,34 @@ class CondensedSet:
 
     @cached_property
     def images(self) -> Tensor:
-        """uint8 (N, 3, s, s), in the order of `image_id`."""
-        return decode(self._rows["image"].combine_chunks().field("bytes").to_pylist())
+        """uint8 (N, 3, s, s), in the order of `image_id`; canvases where the manifest has `decode`."""
+        return encoding.decode(self._rows["image"].combine_chunks().field("bytes").to_pylist())
+
+    @property
+    def grid(self) -> int:
+        """Pictures a side of each image; 1: images are no canvases."""
+        return self.manifest.get("decode", {"grid": 1})["grid"]
+
+    @cached_property
+    def pictures(self) -> Tensor:
+        """What students learn from, uint8 (N * grid^2, 3, s, s): the images, or what their canvases decode to."""
+        return canvas.decode(self.images, self.grid)
+
+    def of_pictures(self, of_images: Tensor) -> Tensor:
+        """What each picture has from its image: (N, …) to (N * grid^2, …)."""
+        return of_images.repeat_interleave(self.grid**2, 0)
 
     @cached_property
     def labels(self) -> Tensor:
         """int64 (N,)."""
         return tables.tensor(self._rows["label"])
+
+    @cached_property
+    def source_rows(self) -> Tensor:
+        """Rows of the training split that each image started from, int32 (N, tiles); -1: none."""
+        rows = self._rows["source_rows"].to_pylist()
+        width = max(1, *map(len, rows))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32)
 
     @cached_property
     def soft_labels(self) -> Tensor:
@@ -270,20 +263,23 @@ class CondensedSet:
         if not 0 <= epoch < self.epochs:
             raise InputError(f"epoch: {epoch} is not in the set; give 0 to {self.epochs - 1}")
         table, soft = self.labelled(epoch, epoch + 1)
-        return table, soft.float()
+        return canvas.stored(table, self.grid), soft.float()
 
     def labelled(self, start: int, stop: int) -> tuple[ViewTable, Tensor]:
-        """The views of label epochs `start` to `stop - 1`, one after the other, and mean logits float16 (rows, C)."""
+        """The views of label epochs `start` to `stop - 1`, one after the other, and mean logits float16 (rows, C).
+
+        Their `image_id` and `mix_image_id` count `pictures`.
+        """
         epoch = pyarrow.dataset.field("epoch")
         table = self._labelled.to_table(filter=(epoch >= start) & (epoch < stop))
         columns = {name: tables.tensor(table[name]) for name in table.column_names}
         soft = codecs.decode(columns, len(self.names))
-        return {name: columns[name] for name in views.columns(columns)}, soft
+        return canvas.joined({name: columns[name] for name in views.columns(columns)}, self.grid), soft
 
     def replay(self, epoch: int) -> Tensor:
-        """The pixels of one label epoch's views as the observers saw them, float32 (N, 3, v, v) in [0, 1]."""
-        table, _ = self.views(epoch)
-        return views.apply(self.images, table, self.manifest["soft_labels"]["view_size"])
+        """The pixels of one label epoch's views as the observers saw them, float32 (rows, 3, v, v) in [0, 1]."""
+        table = canvas.joined(self.views(epoch)[0], self.grid)
+        return views.apply(self.pictures, table, self.manifest["soft_labels"]["view_size"])
 
     def push(
         self, repo_id: str, *, tag: str | None = None, private: bool = False, observers: str | None = None

@@ -1,5 +1,7 @@
 """YAML files as plain values, and back."""
 
+import copy
+import functools
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -16,7 +18,7 @@ def load(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}") from error
-    found = read(text, str(path))
+    found = copy.deepcopy(_parsed(text, str(path)))
     if found is None:
         raise InputError(
             f"{path}: the file is empty; write e.g. 'name: mine' and a section 'source:', as in recipes/digits.yaml"
@@ -57,6 +59,12 @@ for _class in (_Loader, _Dumper):
         re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
         list("-+.0123456789"),
     )
+
+
+@functools.lru_cache(64)
+def _parsed(text: str, origin: str) -> Any:
+    """A method's file is read again for each recipe that is resolved, and for each method that stands on it."""
+    return read(text, origin)
 
 
 def read(text: str, origin: str) -> Any:

@@ -15,7 +15,9 @@ from .comparison import Comparison, Parsed
 
 
 if TYPE_CHECKING:
+    from . import results
     from .condensed import CondensedSet
+    from .trials import Done
     from .work import Session
 
 
@@ -52,17 +54,11 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
     """Trains what is missing and writes the results; every process of the group calls it."""
-    from . import record, report, results, trackers
-    from .trials import Bench
+    from . import record, report, trackers
 
     asked = parsed.comparison
     trackers.check(asked.report_to)
-    bench = Bench(asked, parsed.sets, session)
-    session.report(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
-    bench.check()
-    done = bench.run(bench.trials())
-    outcomes = [record.outcome(each, bench) for each in done]
-    found = results.summarise(outcomes, record.about(parsed, bench, done, session))
+    found, done, outcomes = measure(parsed, folder, session)
     if session.state.is_main_process:
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
@@ -75,6 +71,21 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")
     session.wait()
     return found
+
+
+def measure(
+    parsed: Parsed, folder: Path, session: "Session"
+) -> "tuple[dict[str, Any], list[Done], list[results.Outcome]]":
+    """Trains what is missing; the content of results.json, and what it is of. Writes no results."""
+    from . import record, results
+    from .trials import Bench
+
+    bench = Bench(parsed.comparison, parsed.sets, session, folder)
+    session.report(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
+    bench.check()
+    done = bench.run(bench.trials())
+    outcomes = [record.outcome(each, bench) for each in done]
+    return results.summarise(outcomes, record.about(parsed, bench, done, session)), done, outcomes
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import condensed, views, work
+from . import canvas, encoding, views, work
 from .condensed import CondensedSet
 from .realset import RealSet
 from .recipe import Images
@@ -54,9 +54,10 @@ class Stored:
         if not (mix or hard):
             raise ValueError("stored soft labels are of the mixed views: without mixing give hard=True")
         self._condensed, self._batch, self._seed, self._hard, self._mix = condensed, batch, seed, hard, mix
-        self._images, self._labels = condensed.images.to(device), condensed.labels.to(device)
+        self._images = condensed.pictures.to(device)
+        self._labels = condensed.of_pictures(condensed.labels).to(device)
         self._view = settings(condensed.manifest["soft_labels"])
-        self.count, self._size = len(self._images), self._view.view_size
+        self.count, self._size = len(condensed.labels), self._view.view_size
         row = 2 * len(condensed.names) + 64
         small = row * self.count * condensed.epochs <= KEPT_BYTES
         self._rows = condensed.labelled(0, condensed.epochs) if small else None
@@ -122,19 +123,22 @@ class Drawn:
         seed: int,
         teach: Teach | None,
         fixed: int | None = None,
+        grid: int = 1,
     ):
-        """Args: images uint8 (N, 3, s, s); labels int64 (N,)."""
+        """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are."""
         self._images, self._labels = images.to(device), labels.to(device)
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]
-        self.count, self.steps = len(images), fixed or steps(len(images), batch)
+        self._grid, self.count = grid, len(images) // grid**2
+        self.steps = fixed or steps(self.count, batch)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, draws order and views."""
         if self._fixed:
             order = self._stream(number * self._fixed * self._batch, self._fixed * self._batch)
         else:
-            order = _full(torch.randperm(len(self._images), generator=generator), self._batch)
+            order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
+            order = _full(order, self._batch)
         for rows in order.split(views_at_once(self._size, self._batch)):
             tables = [self._draw(ids, generator) for ids in rows.split(self._batch)]  # a batch is what is mixed
             joined = _joined(tables)
@@ -157,7 +161,7 @@ class Drawn:
         return torch.cat(found)[start % size :][:count]
 
 
-def equal_bytes(real: RealSet, budget: int, encoding: Images, seed: int) -> tuple[Tensor, int]:
+def equal_bytes(real: RealSet, budget: int, section: Images, seed: int) -> tuple[Tensor, int]:
     """Random real images, of each class as many or one more, whose files fill `budget` bytes; one a class at least.
 
     Returns their rows and the bytes of their files.
@@ -169,7 +173,7 @@ def equal_bytes(real: RealSet, budget: int, encoding: Images, seed: int) -> tupl
     turns = torch.cat(orders)[turn.argsort(stable=True)]  # one of each class, then the next of each
     sizes: list[int] = []
     for rows in turns.split(256):
-        sizes += map(len, condensed.encode(real.images(rows), encoding))
+        sizes += map(len, encoding.encode(real.images(rows), section))
         if sum(sizes) > budget:
             break
     fit = int((torch.tensor(sizes).cumsum(0) <= budget).sum())

@@ -1,12 +1,14 @@
 """Images that somebody else has condensed, in the order of our schema and under the classes of our source."""
 
+import json
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import pixels, recipe, source
+from . import hub, pixels, recipe, source
 from .errors import InputError
 from .source import RealSet
 
@@ -21,6 +23,8 @@ class Foreign(NamedTuple):
     ipc: int
     facts: dict[str, Any]
     """What a manifest says of where they come from: id, commit, split, fingerprint."""
+    grid: int
+    """Pictures a side of each image, by the manifest of a set of ours; 1 where nothing says so."""
 
 
 def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
@@ -46,7 +50,15 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     if side != found.size:
         found = source.load(asked.model_copy(update={"size": side}))
     facts = {"id": found.id, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
-    return Foreign(found.images(rows), ipc, facts)
+    return Foreign(found.images(rows), ipc, facts, _grid(given.images, found.commit))
+
+
+def _grid(place: str, commit: str | None) -> int:
+    folder = hub.fetch(place, commit, "manifest.json") if commit else Path(place).expanduser()
+    try:
+        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["decode"]["grid"]
+    except (OSError, ValueError, KeyError, TypeError):  # no file of ours
+        return 1
 
 
 def _classes(found: RealSet, section: recipe.Source, real: RealSet) -> Tensor:

@@ -12,7 +12,7 @@ from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 from torch import Generator, Tensor
 
-from . import rded, work
+from . import canvas, rded, work
 from .errors import InputError
 from .pixels import to_float
 from .recipe import Recipe, selected
@@ -29,7 +29,7 @@ VERSION = 1
 
 class Initial(NamedTuple):
     images: Tensor
-    """uint8 (C*ipc, 3, s, s), class-major."""
+    """uint8 (C*ipc, 3, s, s), class-major; canvases where `images.grid` says so."""
     source_rows: Tensor
     """int32 (C*ipc, tiles): row of the training split each tile comes from; -1: none."""
     fingerprint: str
@@ -38,7 +38,7 @@ class Initial(NamedTuple):
 def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Session) -> Initial:
     """The initial images; a class is a unit of work. Raises InputError as `check` does."""
     check(recipe, real)
-    section = recipe.initialize
+    section, grid = recipe.initialize, recipe.images.grid
     chosen = _observers(recipe)
     seen = {
         "source": real.fingerprint,
@@ -47,6 +47,7 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
     }
     inputs = work.fingerprint("initial", VERSION, **_facts(recipe), **seen)
     labels = {Unit("initial", f"class-{label:04d}", inputs): label for label in range(len(real.names))}
+    images_each, recipe = recipe.ipc, _of_pictures(recipe)
 
     @cache
     def networks() -> list["Network"]:
@@ -65,7 +66,7 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
     def make(unit: Unit, generator: Generator, _progress: work.Progress) -> tuple[dict[str, Tensor], dict]:
         label = labels[unit]
         if section.kind == "noise":
-            images, rows = _noise(recipe, real.size, generator), torch.full((recipe.ipc, 1), -1)
+            images, rows = _noise(recipe, images_each, real.size, generator), torch.full((recipe.ipc, 1), -1)
         elif section.kind == "rded":
             images, rows = rded.select(recipe, real, label, candidates()[label], networks(), session, generator)
         else:
@@ -73,7 +74,9 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
             if section.kind == "kmeans":
                 rows = _nearest(recipe, real, rows, networks()[0], session, generator)
             images, rows = real.images(rows), rows[:, None]
-        return {"images": images, "source_rows": rows.int()}, {"class": real.names[label]}
+        if section.kind != "noise":  # which fills the canvas itself: shrunk it would be smooth
+            images = canvas.compose(images, grid)
+        return {"images": images, "source_rows": rows.view(images_each, -1).int()}, {"class": real.names[label]}
 
     work.run(list(labels), make, session, seed=recipe.seed, label="initial images")
     found = [session.store.load(unit) for unit in labels]
@@ -86,6 +89,7 @@ def check(recipe: Recipe, real: RealSet) -> None:
 
     What the recipe alone shows to be impossible is `rules.validate`'s.
     """
+    recipe = _of_pictures(recipe)
     section, need = recipe.initialize, recipe.ipc * recipe.initialize.factor**2
     if len(real.names) < 2:
         raise InputError(f"source.path: {real.id} has one class, '{real.names[0]}'; a classifier needs two")
@@ -98,6 +102,11 @@ def check(recipe: Recipe, real: RealSet) -> None:
                 f"initialize.factor: {recipe.ipc} images of {section.factor}x{section.factor} tiles need {need} real "
                 f"images a class, and {real.id} has a class with {smallest}; lower factor or ipc"
             )
+
+
+def _of_pictures(recipe: Recipe) -> Recipe:
+    """The recipe of a set with an image for each picture of this one's."""
+    return recipe.model_copy(update={"ipc": recipe.ipc * recipe.images.grid**2})
 
 
 def random_rows(real: RealSet, ipc: int, generator: Generator) -> Tensor:
@@ -122,11 +131,13 @@ def _facts(recipe: Recipe) -> dict:
         "rded": ["batch", "images_per_class", "variant", "factor", "crop_area"],
     }[section.kind]
     facts = {"kind": section.kind, "ipc": recipe.ipc, "seed": recipe.seed}
-    facts |= {key: getattr(section, key) for key in keys}
+    facts |= {key: getattr(section, key) for key in keys} | canvas.facts(recipe.images.grid)
     if section.kind == "noise":
         facts |= {"mean": recipe.source.mean, "std": recipe.source.std}
     if section.kind == "rded" and section.variant == "rded":
         facts["crops"] = section.crops
+    if section.kind == "rded" and section.difficulty != "easiest":  # sets made before the key was there are found
+        facts["difficulty"] = section.difficulty
     return facts
 
 
@@ -143,8 +154,8 @@ def _candidates(recipe: Recipe, real: RealSet, label: int, scores: Tensor | None
     return _draw(rows, recipe.ipc if section.kind == "real" else section.images_per_class, generator)
 
 
-def _noise(recipe: Recipe, size: int, generator: Generator) -> Tensor:
-    z = torch.randn((recipe.ipc, 3, size, size), generator=generator)
+def _noise(recipe: Recipe, count: int, size: int, generator: Generator) -> Tensor:
+    z = torch.randn((count, 3, size, size), generator=generator)
     mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.source.mean, recipe.source.std))
     return _to_uint8(z * std + mean)
 

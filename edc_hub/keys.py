@@ -157,7 +157,8 @@ def _example(path: str, root: type[Section]) -> str:
         return "see --help"
     annotation = key.field.annotation
     if key.section:
-        name, value = next((name, field.get_default()) for name, field in key.section.model_fields.items())
+        fields = key.section.model_fields.items()
+        name, value = next(((name, field.get_default()) for name, field in fields), ("name", 1))
         shown = f"{{{name}: {json.dumps(value) if value is not PydanticUndefined else '…'}, …}}"
         return f"write e.g. {key.path}: {f'[{shown}]' if 'list' in describe(annotation) else shown}"
     value = key.default

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import codecs, tables, views, work
+from . import canvas, codecs, tables, views, work
 from .errors import InputError
 from .recipe import Recipe, Relabel, selected
 from .views import ViewTable
@@ -50,7 +50,7 @@ class Labels:
         return self.store.load(self.units[0])["soft_label"]
 
     def epoch(self, number: int) -> tuple[ViewTable, Tensor]:
-        """The views of one label epoch in the order of their batches, and their mean logits (N, C) float16."""
+        """The views of one label epoch as stored, in the order of their batches, and mean logits float16 (rows, C)."""
         table = self.store.load(self.units[1 + number])
         soft = table.pop("soft_label")
         return {name: table[name] for name in views.columns(table)}, soft
@@ -91,7 +91,7 @@ def obtain(
     of its set; when not given, what `recipe.relabel` asks for.
     Sets that differ in their images alone get the same views.
     """
-    section = recipe.relabel
+    section, grid = recipe.relabel, recipe.images.grid
     chosen = selected(recipe, section.observers)
     inputs = {
         "images": hashlib.sha256(images.contiguous().numpy()).hexdigest(),
@@ -101,20 +101,21 @@ def obtain(
         "views": views.VERSION,
         "seed": recipe.seed,
         "precision": str(session.dtype) if session.device.type != "cpu" else "torch.float32",
-    }
+    } | canvas.facts(grid)
     names = ["mean", *(f"epoch{number:05d}" for number in range(section.epochs))]
     units = [Unit(STAGE, name, work.fingerprint(STAGE, VERSION, unit=name, **inputs)) for name in names]
     whole = Labels(session.store, units)
 
     @cache  # only where a unit is missing, and once
     def ready() -> tuple[Tensor, list]:
-        return images.to(session.device), [observers.load(name, epoch) for name, epoch in chosen]
+        return canvas.decode(images.to(session.device), grid), [observers.load(name, epoch) for name, epoch in chosen]
 
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        stored, networks = ready()
+        pictures, networks = ready()
         if unit.name == "mean":
-            return {"soft_label": _images_themselves(stored, networks, section, session)}, {}
-        return _label_epoch(stored, networks, section, int(unit.name[5:]), generator, session), {}
+            return {"soft_label": _images_themselves(pictures, grid, networks, section, session)}, {}
+        made = _label_epoch(pictures, grid, networks, section, int(unit.name[5:]), generator, session)
+        return {**canvas.stored(made, grid), "soft_label": made["soft_label"]}, {}
 
     def labelled(count: int) -> Labels:
         found = whole.first(count)
@@ -157,30 +158,36 @@ def _kept(section: Relabel, count: int, labelled: Callable[[int], Labels], sessi
 
 
 def _label_epoch(
-    images: Tensor, networks: list, section: Relabel, epoch: int, generator: torch.Generator, session: Session
+    pictures: Tensor,
+    grid: int,
+    networks: list,
+    section: Relabel,
+    epoch: int,
+    generator: torch.Generator,
+    session: Session,
 ) -> dict[str, Tensor]:
-    """The views of one epoch, in the order of their batches, and their labels as `soft_label` float16."""
-    count, size = len(images), images.shape[-1]
-    order = torch.randperm(count, generator=generator)
+    """The views of one epoch, one of each image, in the order of their batches, and as `soft_label` float16 labels."""
+    count, size = len(pictures) // grid**2, pictures.shape[-1]
+    order = canvas.turn(torch.randperm(count, generator=generator), epoch, grid)
     tables, labels = [], []
     for ids in order[_filled(count, section)].split(section.batch):
         table = views.sample(section, ids, size, generator, epoch=epoch)
-        x = views.apply(images, table, section.view_size or size)
+        x = views.apply(pictures, table, section.view_size or size)
         tables.append(table)
         labels.append(mean_logits(networks, x, section, session).half().cpu())
     joined = {name: torch.cat([table[name] for table in tables])[:count] for name in tables[0]}
     return {**joined, "soft_label": torch.cat(labels)[:count]}
 
 
-def _images_themselves(images: Tensor, networks: list, section: Relabel, session: Session) -> Tensor:
-    """Mean logits (N, C) float16 of the images as they are, in their order."""
-    count, size = len(images), images.shape[-1]
+def _images_themselves(pictures: Tensor, grid: int, networks: list, section: Relabel, session: Session) -> Tensor:
+    """Mean logits (N, C) float16 of the images as they are, in their order: over the pictures of each."""
+    count, size = len(pictures), pictures.shape[-1]
     table = views.whole(count, size)
     labels = []
     for rows in _filled(count, section).split(section.batch):
-        x = views.apply(images, views.take(table, rows), section.view_size or size)
-        labels.append(mean_logits(networks, x, section, session).half().cpu())
-    return torch.cat(labels)[:count]
+        x = views.apply(pictures, views.take(table, rows), section.view_size or size)
+        labels.append(mean_logits(networks, x, section, session).cpu())
+    return torch.cat(labels)[:count].unflatten(0, (-1, grid**2)).mean(1).half()
 
 
 def _filled(count: int, section: Relabel) -> Tensor:

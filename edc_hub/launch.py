@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import documents, recipes
+from . import documents, methods, recipes
 from .errors import InputError, OtherStopped
 from .recipe import Recipe
+
+
+if TYPE_CHECKING:  # torch is imported once a recipe is known to be right
+    from .work import Session
 
 
 def status(command: Callable[[], None]) -> int:
@@ -60,7 +64,8 @@ def is_first() -> bool:
 
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run, `runs/<name>-<method>-ipc<ipc>` unless `output_dir` says otherwise."""
-    return Path(recipe.output_dir or f"runs/{recipe.name}-{recipe.method}-ipc{recipe.ipc}").expanduser()
+    method = methods.slug(recipe.method)
+    return Path(recipe.output_dir or f"runs/{recipe.name}-{method}-ipc{recipe.ipc}").expanduser()
 
 
 def artifacts(recipe: Recipe) -> Path:
@@ -109,6 +114,22 @@ def lock(folder: Path) -> Iterator[None]:
 
     with work.lock(folder) if is_first() else nullcontext():
         yield
+
+
+def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None:
+    """Runs `job` with the run folder kept for it, prints the dataset folder that it returns, and publishes that where
+    `hub.push` says so; what the Hub would refuse is found before the job."""
+    publishes = recipe.hub.push and is_first()
+    if publishes:
+        from . import pushing
+
+        pushing.before(recipe, folder / "dataset")
+    with lock(folder), session(recipe, artifacts(recipe)) as running:
+        dataset = job(running)
+        if running.state.is_main_process:
+            print(dataset)
+    if publishes:
+        pushing.after(recipe, dataset)
 
 
 @contextmanager

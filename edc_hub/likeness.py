@@ -18,17 +18,17 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM, Wang et al. 2004
 
 
 def facts(
-    files: list[bytes],
-    decode: Callable[[list[bytes]], Tensor],
+    pictures: Callable[[list[int]], Tensor],
     source_rows: Tensor,
     real: "RealSet",
     *,
     whole: bool,
 ) -> dict[str, Any]:
-    """What a manifest says: medians over the images that started from one whole real image.
+    """What a manifest says: medians over the pictures that started from one whole real image.
 
-    Args: files: published images, which `decode` makes uint8 (n, 3, s, s); source_rows: int (N, tiles), -1 for none;
-    whole: whether an image with one row started from all of it, not from a crop.
+    A picture is an image, or what a tile of one that is a canvas decodes to.
+    Args: pictures: those of some numbers, as published, uint8 (n, 3, s, s); source_rows: int (N, tiles) of all, -1 for
+    none; whole: whether a picture with one row started from all of it, not from a crop.
     Returns compared; parts, noise (how many are left out, as they start from pieces or from nothing); identical; and
     the medians psnr in dB and ssim. They are None where nothing was compared, psnr also where the median is infinite.
     """
@@ -39,7 +39,7 @@ def facts(
     signal, structure = [torch.empty(0)], [torch.empty(0)]
     for first in range(0, len(order), BATCH):
         part = order[first : first + BATCH]
-        published = decode([files[i] for i in single[part].tolist()]).double()
+        published = pictures(single[part].tolist()).double()
         start = real.images(rows[part]).double()
         signal.append(psnr(published, start))
         structure.append(ssim(published, start))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from . import __version__, codecs, randaugment, views
+from . import __version__, canvas, codecs, randaugment, views
 from .errors import InputError
 from .recipe import Recipe, selected
 from .tables import Written
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .source import RealSet
 
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "2.0"  # what is read
+_PLAIN = "1.0"  # of a set whose images are no canvases, which a reader of 1.0 understands
 _LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
 
 
@@ -41,7 +42,7 @@ def facts(
         kind, size = first.format.lower(), first.size[0]
     soft = section.model_dump(exclude={"observers", "controls", "random_draws", *codecs.KEYS})
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if recipe.images.grid > 1 else _PLAIN,
         "name": recipe.name,
         "method": recipe.method,
         "control": control,
@@ -49,6 +50,7 @@ def facts(
         "seed": recipe.seed,
         "classes": list(real.names),
         "images": {"count": len(files), "size": size, "format": kind, "mean": source.mean, "std": source.std},
+        **canvas.facts(recipe.images.grid),
         "source": {
             "id": real.id,
             "name": source.name,

@@ -34,13 +34,15 @@ class Running:
     def __init__(self, momentum: float):
         self.momentum, self.average, self.weight = momentum, None, 0.0
 
-    def __call__(self, statistic: Tensor) -> Tensor:
-        """The averaged statistic, of the shape given, the same at each call."""
+    def __call__(self, statistic: Tensor, keep: bool = True) -> Tensor:
+        """The averaged statistic, of the shape given, the same at each call. `keep`: later calls remember this."""
         present = statistic.detach()
         before = torch.zeros_like(present) if self.average is None else self.average
-        self.average = before.lerp(present, 1 - self.momentum)
-        self.weight = self.momentum * self.weight + (1 - self.momentum)
-        return statistic + (self.average / self.weight - present)
+        average = before.lerp(present, 1 - self.momentum)
+        weight = self.momentum * self.weight + (1 - self.momentum)
+        if keep:
+            self.average, self.weight = average, weight
+        return statistic + (average / weight - present)
 
 
 def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
@@ -79,22 +81,22 @@ class Matcher:
         self.members = members / members.sum(1, keepdim=True)
         self.running = {"block": Running(section.ema), "classes": Running(section.ema)}
 
-    def __call__(self, first: Tensor, second: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, first: Tensor, second: Tensor, generator: torch.Generator, keep: bool = True) -> Tensor:
         """The sum over layers of w_l [alpha * global + (1 - alpha) * class], a scalar.
 
         `first`, `second` (B, F) are the block's moments about `targets.global_mean`. `generator` is drawn from where
-        `drop_rate` is above 0.
+        `drop_rate` is above 0. `keep`: the running averages remember these moments.
         """
         targets, alpha = self.targets, self.alpha
         forms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]] = []
         if alpha > 0 or not self.per_class:
-            mean, var = self._statistics("block", first, second, None)
+            mean, var = self._statistics("block", first, second, None, keep)
         if alpha > 0:
             forms.append((mean, var, targets.global_mean, targets.global_var, alpha))
         if alpha < 1 and not self.per_class:
             forms.append((mean, var, targets.mixture_mean, targets.mixture_var, 1 - alpha))
         if alpha < 1 and self.per_class:
-            mean, var = self._statistics("classes", first, second, self.members)
+            mean, var = self._statistics("classes", first, second, self.members, keep)
             share = (1 - alpha) * self.shares[:, None]
             forms.append((mean, var, targets.class_mean, targets.class_var, share))
         losses = sum((share * layer_losses(*form, targets.layout)).sum(0) for *form, share in forms)
@@ -104,9 +106,22 @@ class Matcher:
             weights = weights.masked_fill(dropped, 0.0)
         return weights.to(losses.device) @ losses
 
-    def _statistics(self, name: str, first: Tensor, second: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _statistics(
+        self, name: str, first: Tensor, second: Tensor, weights: Tensor | None, keep: bool
+    ) -> tuple[Tensor, Tensor]:
         """Running mean and variance of groups, both (G, F)."""
-        return self.running[name](torch.stack(group(first, second, self.targets.global_mean, weights))).unbind()
+        return self.running[name](torch.stack(group(first, second, self.targets.global_mean, weights)), keep).unbind()
+
+    def flatness(self, present: tuple[Tensor, Tensor], averaged: tuple[Tensor, Tensor]) -> Tensor:
+        """L_FR, unweighted: the distances of Eq. 2 between the statistics of the images and of their running average.
+
+        Both are moments (B, F) as `__call__` takes them. The statistics are the block's, of this view alone; layers
+        count as they do there.
+        """
+        shift = self.targets.global_mean
+        (mean, var), target = group(*present, shift), group(*averaged, shift)
+        losses = layer_losses(mean, var, *(statistic.detach() for statistic in target), self.targets.layout)[0]
+        return self.weights.to(losses.device) @ losses
 
     def state(self) -> dict[str, Tensor]:
         """What the rest of the block depends on."""
@@ -156,3 +171,18 @@ def densification(images: Tensor, labels: Tensor, tau: float) -> Tensor:
             target = F.softmax(spectrum.detach() / tau, -1)
             loss = loss + F.kl_div(F.log_softmax(spectrum, -1), target, reduction="sum")
     return loss
+
+
+def total_variation(z: Tensor) -> Tensor:
+    """R_TV of SRe2L's code, unweighted: the norms of the block's differences of neighbours, across, down and diagonal.
+
+    `z` (B, 3, s, s). Each of the four norms is un-squared and over all of the block, as DeepInversion has it.
+    """
+    across, down = z[:, :, :, 1:] - z[:, :, :, :-1], z[:, :, 1:] - z[:, :, :-1]
+    falling, rising = z[:, :, 1:, 1:] - z[:, :, :-1, :-1], z[:, :, :-1, 1:] - z[:, :, 1:, :-1]
+    return sum(torch.linalg.vector_norm(difference) for difference in (across, down, falling, rising))
+
+
+def squared_norm(z: Tensor) -> Tensor:
+    """R_l2 of SRe2L, unweighted: the sum of squares of an image (B, 3, s, s), averaged over the block."""
+    return z.square().flatten(1).sum(1).mean()

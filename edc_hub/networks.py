@@ -245,11 +245,13 @@ def identity(arch: str) -> str:
     return f"transformers/{hashlib.sha256(text.encode()).hexdigest()}"
 
 
-def refuse_for_matching(network: Network) -> None:
-    """Raises InputError for a network without Conv2d and BatchNorm2d: nothing to match, though it may give labels."""
-    if not any(isinstance(part, nn.Conv2d | nn.BatchNorm2d) for part in network.module.modules()):
+def refuse_for_matching(network: Network, layers: Sequence[str] = ("bn", "conv", "patch")) -> None:
+    """Raises InputError for a network without any of these `layers`: nothing to match, though it may give labels."""
+    kinds = [kind for kind, used in ((nn.Conv2d, {"conv", "patch"}), (nn.BatchNorm2d, {"bn"})) if used & set(layers)]
+    if kinds and not any(isinstance(part, tuple(kinds)) for part in network.module.modules()):
+        names = " or ".join(kind.__name__ for kind in kinds)
         raise InputError(
-            f"synthesize.observers: {network.facts['arch']} has no Conv2d or BatchNorm2d to match; "
+            f"synthesize.observers: {network.facts['arch']} has no {names} to match; "
             "name others here and use it in relabel.observers"
         )
 

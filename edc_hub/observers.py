@@ -103,7 +103,7 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         if not session.store.has(unit):
             network = start(unit.name, 0)
             if unit.name in matched:
-                networks.refuse_for_matching(network)
+                networks.refuse_for_matching(network, given.synthesize.layers)
     observers = Observers(given, units, classes, session)
     for loaded in (True, False):  # first those that take no time: a wrong normalisation is found before long work
         if some := [unit for unit in units.values() if (sections[unit.name].train is None) == loaded]:

@@ -27,42 +27,55 @@ class Pictures(NamedTuple):
 
     label: str
     place: Path
-    images: "Tensor"  # uint8 (N, 3, s, s)
+    images: "Tensor"  # uint8 (N, 3, s, s), canvases where `images.grid` says so
     initial: "Initial"
     control: str | None
     origin: dict | None = None  # of images that were not made here
     epochs: int | None = None  # label epochs of a control: those of its set
 
 
-def controls(recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path) -> Iterator[Pictures]:
+def controls(
+    recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path, epochs: int | None = None
+) -> Iterator[Pictures]:
     """What synthesis is held against: the images it started from, and draws of random real images.
 
-    They are labelled for as many epochs as the set, which is written before the first is asked for.
+    They are labelled for as many epochs as the set: `epochs`, or those of `folder/dataset`, which is written before
+    the first control is asked for.
     """
     import torch
 
-    from . import condensed, initialize, work
+    from . import canvas, condensed, initialize, work
 
-    epochs = condensed.CondensedSet.load(folder / "dataset").epochs
+    if epochs is None:
+        epochs = condensed.CondensedSet.load(folder / "dataset").epochs
     place = folder / "controls" / "initial"
     yield Pictures("control initial", place, initial.images, initial, "initial", epochs=epochs)
     generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
-    draws = [initialize.random_rows(real, recipe.ipc, generator) for generator in generators]
+    tiles = recipe.images.grid**2
+    draws = [initialize.random_rows(real, recipe.ipc * tiles, generator) for generator in generators]
     real.keep(torch.cat(draws))  # a stream is read once for all of them
     for draw, rows in enumerate(draws):
-        start = initialize.Initial(real.images(rows), rows.int().view(-1, 1), "")
+        images = canvas.compose(real.images(rows), recipe.images.grid)
+        start = initialize.Initial(images, rows.int().view(-1, tiles), "")
         place = folder / "controls" / "random" / str(draw)
         yield Pictures(f"control random {draw}", place, start.images, start, "random", epochs=epochs)
+
+
+def control_folders(run: Path, kind: str) -> list[Path]:
+    """The finished sets of control `kind` (`initial` or `random`) of a run, draws in order."""
+    folder = run / "controls" / kind
+    places = [folder] if kind == "initial" else sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
+    return [place for place in places if (place / "manifest.json").is_file()]
 
 
 def label_and_write(
     recipe: Recipe, real: "RealSet", watching: "Observers", pictures: Pictures, session: "Session"
 ) -> bool:
     """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
-    from . import condensed, labels
+    from . import condensed, encoding, labels
 
-    files = condensed.encode(pictures.images, recipe.images)
-    soft = labels.obtain(recipe, condensed.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
+    files = encoding.encode(pictures.images, recipe.images)
+    soft = labels.obtain(recipe, encoding.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
     if session.state.is_main_process:
         wrote = condensed.write(

@@ -14,7 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import codecs, condensed, initialize, labels, launch, matching, observers, rded, source, synthesize, views, work
+from . import (
+    canvas,
+    codecs,
+    encoding,
+    initialize,
+    labels,
+    launch,
+    matching,
+    observers,
+    rded,
+    source,
+    synthesize,
+    views,
+    work,
+)
 from .moments import Targets
 from .recipe import Recipe, selected
 from .source import RealSet
@@ -122,7 +136,7 @@ def _train_step(network, images: Tensor, labels: Tensor) -> None:
 
 
 def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session: Session) -> None:
-    section = recipe.synthesize.model_copy(update={"iterations": 1})
+    section = recipe.synthesize.model_copy(update={"iterations": 1, "pick": "turn"})  # there is one to pick from
     taps = Taps(network, patch=recipe.moments.patch, layers=section.layers)
     with torch.no_grad(), taps:
         network(images.float() / 255)
@@ -131,6 +145,7 @@ def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session:
     present = labels.unique().cpu()
     of_classes = mean.expand(len(present), -1), var.expand(len(present), -1)
     targets = Targets(taps.layout, mean[0], var[0], present, *of_classes, mean[0], var[0])
+    labels = labels.repeat_interleave(recipe.images.grid**2)  # images stand for canvases
     observed = [synthesize.Observed(network, targets, labels.cpu(), recipe, session)]
     one = recipe.model_copy(update={"synthesize": section})
     progress = work.Progress(Path("/nonexistent"), float("inf"))
@@ -159,7 +174,7 @@ def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Se
 def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, Projected]:
     """Rows and bytes of each configuration of `total` images, from a sample of them uint8 (n, 3, s, s)."""
     sample = sample[:32]
-    image = sum(map(len, condensed.encode(sample, recipe.images))) / len(sample) + 2 * classes
+    image = sum(map(len, encoding.encode(sample, recipe.images))) / len(sample) + 2 * classes
     found = {"images": Projected(total, total * image)}
     if rows := total * _label_epochs(recipe, total, classes):
         row = _view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes)
@@ -189,6 +204,7 @@ def _sets(recipe: Recipe) -> int:
 def _view_bytes(recipe: Recipe) -> int:
     """Bytes of the columns of one view, without its labels."""
     table = views.sample(recipe.relabel, torch.arange(2), recipe.source.size, torch.Generator())
+    table = canvas.stored(table, recipe.images.grid)
     return sum(column[0].numel() * column.element_size() for column in table.values())
 
 

@@ -1,10 +1,17 @@
-"""Accuracies that papers report, to stand beside measured ones: `recipes/published.yaml`."""
+"""Accuracies that papers report, to stand beside measured ones: `recipes/published.yaml`, and those of a sweep."""
 
+from collections.abc import Collection
 from functools import cache
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
-from . import documents, recipes
+from pydantic import Field, ValidationError
 
+from . import documents, keys, recipes
+from .errors import InputError
+from .section import Section
+
+
+Taken = Literal["last", "best", "unknown"]
 
 # accuracy and std (None where none is given) as fractions; as: the epoch it is of, last | best | unknown
 Figure = TypedDict("Figure", {"method": str, "accuracy": float, "std": float | None, "as": str, "where": str})
@@ -34,3 +41,48 @@ def _table() -> dict[str, Any]:
 
 def _fraction(percent: float) -> float:
     return round(percent / 100, 6)  # 0.326, not 0.32600000000000001
+
+
+class Paper(Section):
+    """What a paper reports for the cells of a sweep."""
+
+    where: str = Field(description="the paper and its table")
+    taken: Taken = Field("unknown", alias="as", description="the epoch a figure is of")
+    figures: dict[str, dict[str, Any]] = Field(
+        description="row, column where there are any, student: per cent, or {accuracy, std, as, where}"
+    )
+
+
+class Reported(Section):
+    """One figure of a paper."""
+
+    accuracy: float = Field(description="top-1 in per cent")
+    std: float | None = Field(None, description="its spread, where one is given")
+    taken: Taken = Field(alias="as", description="the epoch it is of")
+    where: str = Field(description="the paper and its table")
+
+
+def reported(paper: Paper | None, row: str, column: str, student: str) -> Reported | None:
+    """What the paper has for a student of a cell; `column` is "" in a sweep without columns."""
+    own = paper.figures.get(row, {}) if paper else {}
+    figure = (own.get(column, {}) if column else own).get(student)
+    if paper is None or figure is None:
+        return None
+    figure = figure if isinstance(figure, dict) else {"accuracy": figure}
+    try:
+        return Reported.model_validate({"as": paper.taken, "where": paper.where, **figure})
+    except ValidationError as error:
+        raise InputError(f"paper.figures.{row}: {student}: {keys.complaint(error, Reported)}") from error
+
+
+def check(paper: Paper | None, rows: Collection[str], columns: Collection[str]) -> None:
+    """Raises InputError for a figure of no row or column of the sweep, or one that is none."""
+    for row, own in (paper.figures if paper else {}).items():
+        if row not in rows:
+            raise InputError(f"paper.figures: '{row}' is no row; there are: {', '.join(rows)}")
+        for column, students in own.items() if columns else [("", own)]:
+            if columns and (column not in columns or not isinstance(students, dict)):
+                known = ", ".join(columns)
+                raise InputError(f"paper.figures.{row}: '{column}' is no column with students; there are: {known}")
+            for student in students:
+                reported(paper, row, column, student)

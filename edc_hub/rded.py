@@ -78,6 +78,8 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Images uint8 (ipc, 3, s, s) of factor x factor crops with the lowest cross-entropy, and their rows (ipc, tiles).
 
+    Ranks are `ranked`'s: with another `difficulty` than easiest, other crops come first.
+
     rded: of each of `rows` the best of `crops` square crops of the tile's side; tile t of image j has rank t*ipc + j.
     edc: the best of 1,024 crops of the image's side with the usual ratios, several from one image; tile t of image j
     has rank j*factor^2 + t. The crops are of the first 256 of `rows`, which `score_all` has sorted; fewer serve again.
@@ -103,9 +105,20 @@ def select(
         crops.append(images.flatten(0, 1))
         scores.append(found.flatten())
         sources.append(source.repeat_interleave(found.shape[1]))
-    ranks = torch.cat(scores).argsort(stable=True)[: recipe.ipc * tiles]
+    ranks = ranked(torch.cat(scores), section.difficulty)[: recipe.ipc * tiles]
     order = ranks.view(recipe.ipc, tiles) if edc else ranks.view(tiles, recipe.ipc).T
     return tile(torch.cat(crops)[order], real.size), torch.cat(sources)[order]
+
+
+def ranked(scores: Tensor, difficulty: str) -> Tensor:
+    """Indices int64 (n,) of crops in the order of choice: by ascending score, descending, or from the median outwards.
+
+    medium (DELT, CV-DD) begins at the median, so that the first images of a class are the medium ones at any IPC.
+    """
+    order = scores.argsort(stable=True, descending=difficulty == "hardest")
+    if difficulty != "medium":
+        return order
+    return order[(torch.arange(len(order)) - (len(order) - 1) / 2).abs().argsort(stable=True)]
 
 
 def tile(crops: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ text names the table. Nothing here imports torch: a wrong recipe is refused with
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from .protocol import Evaluation
 from .section import (
@@ -113,18 +113,24 @@ class Initialize(Section):
     crops: Positive = Field(5, description="crops an image (rded); the edc variant draws 1024 a class")
     factor: Positive = Field(1, description="tiles a side: 2 puts 2x2 crops on one image")
     crop_area: Area = Field([0.08, 1.0], description="area range of the scored crops")
+    difficulty: Literal["easiest", "medium", "hardest"] = Field(
+        "easiest", description="crops (rded) by cross-entropy: lowest first, from the middle outwards, highest first"
+    )
     iterations: Positive = Field(50, description="k-means iterations")
 
 
 class Flatness(Section):
-    """Flatness regularisation, EDC section 3.2, Eq. 7."""
+    """Flatness regularisation, EDC section 3.2, Eq. 7 and Table 4."""
 
-    kind: Literal["none", "logits"] = Field("none", description="logits: L'_FR, to the logits of the averaged images")
-    weight: Rate = Field(0.25, description="weight of the term (Table 4)")
-    beta: Decay = Field(0.99, description="decay of the image average (Table 4)")
+    kind: Literal["none", "logits", "statistics", "sam"] = Field(
+        "none", description="L'_FR: logits of the averaged images | L_FR: their statistics | sharpness-aware steps"
+    )
+    weight: Rate = Field(0.25, description="weight of the term (Table 4); sam has none")
+    beta: Decay = Field(0.99, description="decay of the image average (Table 4; 0.999 for some rows of statistics)")
     tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature (Table 4)")
     direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
     reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
+    rho: Rate = Field(0.05, description="radius of sam: L2 norm over the block, in units of the source's std")
 
 
 class Densification(Section):
@@ -134,10 +140,25 @@ class Densification(Section):
     tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature of the target spectrum")
 
 
+class Curriculum(Section):
+    """Crop curriculum of CDA: crops are large at first, and their smallest area comes down to `crop_area`."""
+
+    kind: Literal["none", "cosine", "linear", "step"] = Field("none", description="way down; step: at the milestone")
+    start: Fraction = Field(1.0, description="smallest area at the first step")
+    milestone: Fraction = Field(1.0, description="share of the iterations after which it is crop_area's")
+
+
+class Residual(Section):
+    """Residual connection of FADRM: now and then the images are merged with what they started from."""
+
+    every: Count = Field(0, description="steps between merges, none after the last; 0: never (FADRM: 500 of 2000)")
+    weight: Fraction = Field(0.5, description="weight of the initial image in a merge (FADRM: 0.5)")
+
+
 class Synthesize(Section):
     """Optimisation of the images, EDC section 3.2."""
 
-    observers: list[str] | None = Field(None, description="networks whose statistics are matched, round-robin")
+    observers: list[str] | None = Field(None, description="networks whose statistics are matched")
     block: Positive = Field(100, description="images optimised and measured together")
     block_order: Literal["class_major", "across_class"] = Field(
         "class_major", description="class_major: all images of a class, then the next; across_class: one of each"
@@ -163,6 +184,19 @@ class Synthesize(Section):
     ema: Decay = Field(0.8, description="momentum of the running statistic of the block")
     flatness: Flatness = Field(Flatness(), description="flatness regularisation")
     densification: Densification = Field(Densification(), description="data densification")
+    tv: Rate = Field(0.0, description="weight of the total variation of the images (SRe2L's code; published as 0)")
+    l2: Rate = Field(0.0, description="weight of the squared norm of an image (SRe2L; published as 0)")
+    curriculum: Curriculum = Field(Curriculum(), description="crop curriculum")
+    sizes: list[Positive] | None = Field(
+        None, description="sides in pixels of the view, in turn (FADRM: two); source.size when not given"
+    )
+    mix: Literal["none", "mixup", "cutout"] = Field("none", description="how a step's view of the block is mixed")
+    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of mixup")
+    pick: Literal["turn", "random", "accuracy"] = Field(
+        "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy (CV-DD)"
+    )
+    together: Positive = Field(1, description="distinct observers a step, their losses averaged (CV-DD: 2 of 5)")
+    residual: Residual = Field(Residual(), description="merge with the initial images")
 
 
 class Relabel(ViewSettings):
@@ -193,6 +227,9 @@ class Images(Section):
 
     format: Literal["png", "jpeg", "webp"] = Field("png", description="encoding above 64 px; below it always png")
     quality: Annotated[int, Field(ge=1, le=100)] = Field(95, description="quality of jpeg and webp")
+    grid: Annotated[int, Field(ge=1, le=4)] = Field(
+        1, description="g: an image is a canvas of g x g pictures, each seen at full size (IDC: 2, ImageNet 3)"
+    )
 
 
 class Hub(Section):
@@ -205,11 +242,26 @@ class Hub(Section):
     private: bool = Field(False, description="where the repository is made, only its owner sees it")
 
 
+class Options(Section):
+    """Settings that a method with code of its own reads; any names, with plain values or lists of them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="after")
+    def _plain(self):
+        for name, value in (self.model_extra or {}).items():
+            items = value if isinstance(value, list) else [value]
+            if not all(isinstance(item, bool | int | float | str | None) for item in items):
+                raise ValueError(f"{name}: expected a plain value or a list of them, got {value!r}; write it flat")
+        return self
+
+
 class Recipe(Section):
     """A whole run."""
 
     name: Name = Field("digits", description="short name of the data set; picks the method's block and names the run")
-    method: str = Field("edc", description="a file of recipes/methods")
+    method: str = Field("edc", description="a file of recipes/methods, or package.module:function")
+    options: Options = Field(Options(), description="of a method that is a function: whatever it reads, options.NAME")
     ipc: Numbered = Field(10, description="images per class")
     seed: Count = Field(0, description="seed of the set")
     precision: Literal["float32", "bfloat16", "float16"] = Field(

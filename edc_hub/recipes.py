@@ -1,7 +1,9 @@
 """From files and a command line to a recipe: field default < method < recipe < command line.
 
 A method is a file of `recipes/methods`: a block `all`, then a block per recipe `name`; inside a block, `per_ipc`
-holds values for single IPCs. `base: <method>` puts another method's blocks underneath.
+holds values for single IPCs. `base: <method>` puts another method's blocks underneath. A method from outside,
+`package.module:function`, has the values of `edc`. A recipe's `per_method` holds values for single methods and those
+that stand on them.
 """
 
 import copy
@@ -30,7 +32,8 @@ _FLAGS = {
     "dry_run": "print the plan and the projected time, write nothing",
     "print_recipe": "print the resolved recipe",
 }
-_OTHERS = ("methods", "protocols", "evaluation", "published")  # what else lies in the folder of recipes
+_OTHERS = ("methods", "protocols", "evaluation", "sweeps", "published")  # what else lies in the folder of recipes
+BASE = "edc"  # the method whose values one from outside has
 _RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds", "hub")  # change where and how fast, not what
 
 
@@ -117,7 +120,8 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
         method = blocks("method", top["method"], top["name"], top["ipc"])
-        above = layered([*method, given, overrides], Recipe)
+        special = _of_method(given.pop("per_method", None) or {}, top["method"])
+        above = layered([*method, given, *special, overrides], Recipe)
         protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
         below = layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
         let_through(below, above.get("evaluation") or {})
@@ -149,17 +153,38 @@ def methods() -> list[str]:
     return shipped(ROOT / "methods")
 
 
+def _of_method(per_method: Any, method: Any) -> list[dict[str, Any]]:
+    """What a recipe sets for a method and for those it stands on, weakest first."""
+    if not isinstance(per_method, dict) or not all(isinstance(value, dict) for value in per_method.values()):
+        raise InputError(f"per_method: expected methods with keys and values, got {per_method!r}")
+    for name in per_method:
+        if ":" not in str(name):
+            _known("method", name, "per_method")
+    chain = []
+    while isinstance(method, str):
+        chain.append(method)
+        method = None if ":" in method else load(ROOT / "methods" / f"{method}.yaml").get("base")
+    return [per_method[name] for name in reversed(chain) if name in per_method]
+
+
+def _known(kind: str, choice: str, key: str) -> Path:
+    """The file of a method or a protocol. InputError naming those that there are."""
+    known = shipped(ROOT / f"{kind}s")
+    if choice not in known:
+        near = difflib.get_close_matches(str(choice), known, 1)
+        hint = f"did you mean '{near[0]}'? There are" if near else "there are"
+        outside = ", or package.module:function" if key == "method" else ""
+        raise InputError(f"{key}: no {kind} {choice!r}; {hint}: {', '.join(known)}{outside}")
+    return ROOT / f"{kind}s" / f"{choice}.yaml"
+
+
 def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
     """What a method or a protocol (`kind`) sets for a data set and an IPC, weakest first."""
     if not isinstance(choice, str):
         return []  # the model says what is wrong
-    known = shipped(ROOT / f"{kind}s")
-    if choice not in known:
-        near = difflib.get_close_matches(choice, known, 1)
-        hint = f"did you mean '{near[0]}'? There are" if near else "there are"
-        key = {"protocol": "evaluation.protocol"}.get(kind, kind)
-        raise InputError(f"{key}: no {kind} {choice!r}; {hint}: {', '.join(known)}")
-    content = load(ROOT / f"{kind}s" / f"{choice}.yaml")
+    if kind == "method" and ":" in choice:
+        choice = BASE
+    content = load(_known(kind, choice, {"protocol": "evaluation.protocol"}.get(kind, kind)))
     found = blocks(kind, content["base"], name, ipc) if "base" in content else []
     for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
         block = dict(block or {})
@@ -193,6 +218,8 @@ def published(recipe: Recipe) -> str:
     """The recipe as a data set carries it: nothing of the run or the machine, local paths by their last part."""
     content = {name: value for name, value in recipe.model_dump().items() if name not in _RUNTIME}
     content["source"]["path"] = _portable(recipe.source.path)
+    options = content["options"].items()
+    content["options"] = {name: _portable(value) if isinstance(value, str) else value for name, value in options}
     for net in (*content["observers"]["networks"], *content["evaluation"]["teachers"]):
         net["weights"] = _portable(net["weights"])
         library, slash, folder = net["arch"].partition("/")

@@ -110,16 +110,14 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    why = (
-        f"of protocol {protocols[0]}"
-        if protocols[0] != protocols[1]
-        else f"of more students ({more[0]})"
-        if more
-        else ""
-    )
-    if why:
-        session.report(f"{folder} keeps its results, which are {why}; remove its results.json to replace them")
-    return not why
+    if protocols[0] != protocols[1]:
+        why = f"of protocol {protocols[0]}"
+    elif more:
+        why = f"of more students ({more[0]})"
+    else:
+        return True
+    session.report(f"{folder} keeps its results, which are {why}; remove its results.json to replace them")
+    return False
 
 
 def write(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:

@@ -44,16 +44,7 @@ def command(argv: list[str]) -> None:
         return
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
-    if recipe.hub.push and launch.is_first():
-        from . import pushing
-
-        pushing.before(recipe, folder / "dataset")
-    with launch.lock(folder), launch.session(recipe, launch.artifacts(recipe)) as session:
-        dataset = relabel(parsed, folder, session)
-        if session.state.is_main_process:
-            print(dataset)
-    if recipe.hub.push and launch.is_first():
-        pushing.after(recipe, dataset)
+    launch.make(recipe, folder, lambda session: relabel(parsed, folder, session))
 
 
 def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
@@ -104,8 +95,13 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
     if strips and size % strips:
         raise InputError(f"relabel.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0")
     labels.check(recipe, len(real.names))
+    if found.grid > 1 and found.grid != recipe.images.grid:
+        what = f"--images: those of {found.facts['id']} are canvases of {found.grid} x {found.grid} pictures"
+        raise InputError(f"{what}; write --images.grid {found.grid}")
+    if size % (grid := recipe.images.grid):
+        raise InputError(f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of it, or 1")
     if recipe.relabel.controls:
-        source.check_ipc(real, recipe.ipc)
+        source.check_ipc(real, recipe.ipc * grid**2)
     return found, recipe, real
 
 

@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 
 from .errors import InputError
+from .methods import FUNCTIONS
 from .protocol import Evaluation, of_student, student_name
-from .recipe import Recipe, snapshots
+from .recipe import Recipe, selected, snapshots
 from .versions import NUMBERED
 
 
@@ -14,7 +15,7 @@ _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
 
 def validate(recipe: Recipe) -> None:
     """Raises InputError with the first combination of keys that cannot work. Looks at nothing but the recipe."""
-    for rules in (_source, _areas, _observers, _initialize, _synthesize, _relabel, _hub):
+    for rules in (_options, _source, _areas, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
     validate_protocol(recipe.evaluation)
@@ -47,6 +48,15 @@ def _protocol(section: Evaluation) -> Iterator[str]:
             yield f"evaluation.view.crop_area: the smallest area comes first; write [{high:g}, {low:g}]"
         if each.batch == 1:
             yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
+
+
+def _options(recipe: Recipe) -> Iterator[str]:
+    plain = recipe.method != "relabel" and recipe.method not in FUNCTIONS and ":" not in recipe.method
+    if recipe.options.model_extra and plain:
+        yield (
+            f"options.{min(recipe.options.model_extra)}: method {recipe.method} reads no options; remove it, or write "
+            "method: package.module:function"
+        )
 
 
 def _source(recipe: Recipe) -> Iterator[str]:
@@ -107,23 +117,27 @@ def _initialize(recipe: Recipe) -> Iterator[str]:
     start, size = recipe.initialize, recipe.source.size
     if start.factor > 1 and start.kind != "rded":
         yield f"initialize.factor: {start.factor} tiles a side need kind rded, got {start.kind}; write 1 or kind: rded"
+    if start.difficulty != "easiest" and start.kind != "rded":
+        yield f"initialize.difficulty: {start.difficulty} crops need kind rded, got {start.kind}; write easiest"
     if size % start.factor:
         yield (
             f"initialize.factor: {start.factor} tiles do not divide {size} px; "
             f"write a divisor of source.size, or change that"
         )
-    wanted = recipe.ipc * start.factor**2
+    pictures = recipe.ipc * recipe.images.grid**2
+    wanted = pictures * start.factor**2
     drawn = _EDC_CROPS if start.variant == "edc" else start.images_per_class
     if start.kind == "rded" and wanted > drawn:
         remedy = "write variant: rded" if start.variant == "edc" else f"raise images_per_class to {wanted}"
         asked = f"ipc {recipe.ipc} at factor {start.factor}"
+        asked += f" and images.grid {recipe.images.grid}" if recipe.images.grid > 1 else ""
         yield f"initialize: {asked} needs {wanted} crops a class, got {drawn}; {remedy}"
     if start.kind == "kmeans" and len(start.observers or [0]) > 1:
         yield f"initialize.observers: kmeans uses the features of one observer; write [{start.observers[0]}]"
-    if start.kind == "kmeans" and recipe.ipc > start.images_per_class:
+    if start.kind == "kmeans" and pictures > start.images_per_class:
         yield (
-            f"initialize.images_per_class: {start.images_per_class} images cannot give {recipe.ipc} centres; "
-            f"write {recipe.ipc} or more"
+            f"initialize.images_per_class: {start.images_per_class} images cannot give {pictures} centres; "
+            f"write {pictures} or more"
         )
 
 
@@ -137,6 +151,37 @@ def _synthesize(recipe: Recipe) -> Iterator[str]:
         yield "synthesize.class_scope: local draws real images for every block; write source.streaming: false"
     if not section.layers:
         yield "synthesize.layers: an empty list; name layers, or write weight: 0 to match none"
+    if section.iterations:
+        yield from _levers(recipe)
+
+
+def _levers(recipe: Recipe) -> Iterator[str]:
+    section, (low, high) = recipe.synthesize, recipe.synthesize.crop_area
+    curriculum, every = section.curriculum, section.residual.every
+    if curriculum.kind != "none" and not low <= curriculum.start <= high:
+        yield (
+            f"synthesize.curriculum.start: {curriculum.start:g} is outside synthesize.crop_area [{low:g}, {high:g}]; "
+            f"write e.g. {high:g}"
+        )
+    if section.sizes == []:
+        yield "synthesize.sizes: an empty list; name sides of the view, or write null for source.size"
+    if section.sizes and section.jitter >= min(section.sizes):
+        yield f"synthesize.jitter: {section.jitter} px rolls past a view of {min(section.sizes)} px; write less"
+    if section.mix == "mixup":
+        if section.block == 1:
+            yield "synthesize.mix: mixup mixes two images of a block, and synthesize.block is 1; write 2 or more"
+        if section.class_scope == "per_class" and section.alpha < 1:
+            yield "synthesize.mix: a mixup is of no one class, and class_scope is per_class; write mixture there"
+        if section.densification.weight:
+            yield "synthesize.mix: a mixup is of no one class, as densification needs; write densification.weight: 0"
+    observers = len(selected(recipe, section.observers))
+    if section.together > observers:
+        yield f"synthesize.together: {section.together} observers a step, and there are {observers}; write {observers}"
+    if every >= section.iterations:
+        yield (
+            f"synthesize.residual.every: {every} steps, and after the last of {section.iterations} nothing is merged; "
+            "write less, or 0 for never"
+        )
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:
@@ -165,6 +210,14 @@ def _stored(recipe: Recipe) -> Iterator[str]:
                 )
     elif section.full and section.codec == "dense" and section.budget is None:
         yield "relabel.full: true, but soft_labels has all label epochs as it is; write a budget or another codec"
+
+
+def _images(recipe: Recipe) -> Iterator[str]:
+    grid, size, factor = recipe.images.grid, recipe.source.size, recipe.initialize.factor
+    if size % grid:
+        yield f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of source.size, or 1"
+    if grid > 1 and factor > 1:
+        yield f"initialize.factor: {factor}, and images.grid {grid} has its own tiles; write 1 for one of the two"
 
 
 def _hub(recipe: Recipe) -> Iterator[str]:

@@ -17,10 +17,16 @@ net = timm.create_model("resnet18", num_classes={classes})
 {stem}optimizer = torch.optim.AdamW(net.parameters(), lr={lr}, weight_decay={weight_decay})
 for epoch in range({epochs}):
     for batch in torch.utils.data.DataLoader(ds, {batch}, shuffle=True):
-        logits = net((batch["image"] / 255 - mean) / std)
+{decode}        logits = net((batch["image"] / 255 - mean) / std)
         loss = mse_loss(logits, batch["soft_label"]) + {ce_weight} * cross_entropy(logits, batch["label"])
         optimizer.zero_grad(), loss.backward(), optimizer.step()"""
 _SMALL_STEM = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()\n"
+# tiles row by row, as edc_hub.canvas.decode has them; the labels of a canvas are those of each of its pictures
+_DECODE = """\
+        tiles = batch["image"].float().unfold(2, {side}, {side}).unfold(3, {side}, {side}).permute(0, 2, 3, 1, 4, 5)
+        batch = {{key: column.repeat_interleave({tiles}, 0) for key, column in batch.items() if key != "image"}}
+        batch["image"] = torch.nn.functional.interpolate(tiles.flatten(0, 2), {size}, mode="bilinear").round()
+"""
 _REPLAY = """\
 from edc_hub import CondensedSet
 
@@ -37,14 +43,21 @@ for batch in rows.batch({batch}):
 
 
 def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
-    """A student of the `images` configuration in ten lines of torch, by the protocol of the recipe."""
+    """A student of the `images` configuration in ten lines of torch, by the protocol of the recipe.
+
+    Three more decode canvases; a batch then has as many pictures as the protocol says.
+    """
+    grid, size = manifest.get("decode", {"grid": 1})["grid"], manifest["images"]["size"]
+    values = evaluation.model_dump(include={"lr", "weight_decay", "epochs", "batch", "ce_weight"})
+    values["batch"] = max(1, values["batch"] // grid**2)
     return _EXAMPLE.format(
+        decode=_DECODE.format(side=size // grid, tiles=grid**2, size=size) if grid > 1 else "",
         repo=repo,
         mean=manifest["images"]["mean"],
         std=manifest["images"]["std"],
         classes=len(manifest["classes"]),
-        stem=_SMALL_STEM if manifest["images"]["size"] <= 64 else "",
-        **evaluation.model_dump(include={"lr", "weight_decay", "epochs", "batch", "ce_weight"}),
+        stem=_SMALL_STEM if size <= 64 else "",
+        **values,
     )
 
 

@@ -6,25 +6,26 @@ networks see `x = z * std + mean` in [0, 1].
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import matching, pixels, work
+from . import local, work
 from .errors import InputError
 from .initialize import Initial
-from .matching import Matcher
-from .moments import Moments, Targets
+from .moments import Moments
 from .networks import Network
+from .objective import AVERAGED, Loss, Observed, Space, step_loss
 from .observers import Observers
-from .recipe import Recipe, Source, Synthesize, selected
+from .recipe import Recipe, Synthesize, selected
 from .source import RealSet
-from .taps import Taps
 from .work import Progress, Session, Unit
 
 
 STAGE, VERSION = "blocks", 1
+LATER = ("tv", "l2", "curriculum", "sizes", "mix", "mix_alpha", "pick", "together", "residual")  # keys since version 1
 
 
 def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
@@ -43,89 +44,6 @@ def cosine(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-class Space:
-    """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s)."""
-
-    def __init__(self, source: Source, device: torch.device):
-        self.mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(source.std, device=device).view(1, 3, 1, 1)
-
-    def to_z(self, images: Tensor) -> Tensor:
-        """uint8 to normalised float32."""
-        return self.normalise(images.to(self.mean.device).float() / 255)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """[0, 1] to normalised float."""
-        return (x - self.mean) / self.std
-
-    def to_x(self, z: Tensor) -> Tensor:
-        """Normalised float to [0, 1]."""
-        return z * self.std + self.mean
-
-    def clamp(self, z: Tensor) -> None:
-        """Keeps x in [0, 1], in place."""
-        with torch.no_grad():
-            z.clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
-
-    def to_bytes(self, z: Tensor) -> Tensor:
-        """Normalised float to uint8 on the CPU, rounded."""
-        return self.to_x(z).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
-class Crop:
-    """One RandomResizedCrop, flip and roll, shared by the whole block, drawn anew each step."""
-
-    def __init__(self, size: int, section: Synthesize, generator: torch.Generator):
-        draws = torch.rand(pixels.CROP_DRAWS + 2, generator=generator, dtype=torch.float64).numpy()
-        area = section.crop_area[0], section.crop_area[1]
-        self.size, self.box = size, pixels.crop_box(size, size, draws, area, (3 / 4, 4 / 3))
-        self.flip = section.flip and draws[22] < 0.5
-        roll = [int(draw * (2 * section.jitter + 1)) - section.jitter for draw in draws[pixels.CROP_DRAWS :]]
-        self.roll = roll if any(roll) else None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, 3, s, s) to the same shape, differentiable."""
-        left, top, right, bottom = self.box
-        x = x[:, :, top:bottom, left:right]
-        if x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
-        if self.flip:
-            x = x.flip(-1)
-        return x if self.roll is None else x.roll(self.roll, (-2, -1))
-
-
-class Observed:
-    """One observer in one block: its network with taps on the layers, and the matcher that holds its targets."""
-
-    def __init__(self, network: Network, targets: Targets, labels: Tensor, recipe: Recipe, session: Session):
-        self.network, self.autocast = network, session.autocast
-        self.pixels = Space(recipe.source, session.device)
-        self.taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
-        self.taps.shift = targets.global_mean
-        self.matcher = Matcher(targets, recipe.synthesize, labels)
-
-    def loss(
-        self, x: Tensor, averaged: Tensor | None, labels: Tensor, section: Synthesize, generator: torch.Generator
-    ) -> Tensor:
-        """CE + r * sum of layer losses + flatness + densification: a scalar of the view `x` (B, 3, s, s) in [0, 1].
-
-        `averaged` is the same view of the averaged images, where flatness asks for it.
-        """
-        with self.autocast(), self.taps:
-            logits = self.network(x).float()
-        loss = F.cross_entropy(logits, labels)
-        loss = loss + section.weight * self.matcher(*self.taps.collect(), generator)
-        if averaged is not None:
-            with torch.no_grad(), self.autocast():
-                target = self.network(averaged).float()
-            loss = loss + section.flatness.weight * matching.flatness(logits, target, section.flatness)
-        if section.densification.weight:
-            z = self.pixels.normalise(x)  # as every pixel term of the family; a crop of z is the z of the crop
-            term = matching.densification(z, labels, section.densification.tau)
-            loss = loss + section.densification.weight * term
-        return loss
-
-
 def optimise(
     images: Tensor,
     labels: Tensor,
@@ -134,23 +52,28 @@ def optimise(
     session: Session,
     generator: torch.Generator,
     progress: Progress,
+    watch: Callable[[int, Tensor, Loss], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Optimises one block.
 
     Args:
         images: uint8 (B, 3, s, s), what it starts from.
-        labels: int64 (B,).
-        observed: the observers, visited round-robin.
+        labels: int64 (B * grid^2,), of the pictures that the images decode to (`images.grid`).
+        observed: the observers, of which `pick` says who sees a step.
         generator: of this block; every draw comes from it.
         progress: saves inside the block.
+        watch: called before each step's update with the step, z (B, 3, s, s) and the step's loss as a function of z;
+            what it does changes nothing. Gradients of the loss cannot be differentiated again: the taps' backward
+            is written out, so a product with the Hessian is a difference of gradients.
 
     Returns:
         float32 (B, 3, s, s), the last iterate in normalised space, and float32 (T,), the loss of each step.
     """
     section, space = recipe.synthesize, Space(recipe.source, session.device)
+    flatness, residual = section.flatness, section.residual
     labels = labels.to(session.device)
-    z = space.to_z(images).requires_grad_()
-    average = z.detach().clone()  # X_EMA
+    initial = space.to_z(images)
+    z, average = initial.clone().requires_grad_(), initial.clone()  # average is X_EMA
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
     start = _restore(progress, z, average, adam, losses, observed, generator)
@@ -158,27 +81,37 @@ def optimise(
     scale = 4096.0 if half else 1.0  # the statistics' part of a gradient is about 1e-7, where float16 ends
     bar = session.bar(range(start, section.iterations), desc="synthesize", unit="it", leave=False)
     for step in bar:
+        done = step + 1
         adam.param_groups[0]["lr"] = section.lr * cosine(step, section.iterations)
-        crop = Crop(images.shape[-1], section, generator)
-        flat = section.flatness.kind == "logits"
-        if flat:
-            average.lerp_(z.detach(), 1 - section.flatness.beta)
-        x, averaged = crop(space.to_x(z)), crop(space.to_x(average)) if flat else None
-        loss = observed[step % len(observed)].loss(x, averaged, labels, section, generator)
-        (gradient,) = torch.autograd.grad(loss * scale, z)
-        z.grad = gradient / scale
+        if flatness.kind in AVERAGED:
+            average.lerp_(z.detach(), 1 - flatness.beta)
+        loss = step_loss(step, average, labels, observed, section, space, generator, recipe.images.grid)
+        if watch is not None:
+            watch(step, z.detach(), loss)
+        losses[step], z.grad = _slope(loss, z, scale, keep=flatness.kind != "sam")
+        if flatness.kind == "sam":  # the running statistics remember what the step's gradient is taken at
+            away = z.detach() + z.grad * (flatness.rho / (z.grad.norm() + 1e-12))
+            _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
         adam.step()
+        if residual.every and done % residual.every == 0 and done < section.iterations:
+            with torch.no_grad():
+                z.lerp_(initial, residual.weight)
         space.clamp(z)
-        losses[step] = loss.detach()
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step]:.3f}")
-        done = step + 1
         progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
     broken = (~losses.isfinite()).nonzero().tolist()
     if broken:  # its pixels are no numbers either, and would be published as black
         remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
         raise InputError(f"synthesize: the loss is no number from step {broken[0][0]} on; {remedy}")
     return z.detach(), losses
+
+
+def _slope(loss: Loss, z: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """The loss at z, without its graph, and its gradient."""
+    value = loss(z, keep=keep)
+    (gradient,) = torch.autograd.grad(value * scale, z)
+    return value.detach(), gradient / scale
 
 
 def _saved(step, z, average, adam, losses, observed, generator) -> dict[str, Tensor]:
@@ -207,46 +140,6 @@ def _restore(progress, z, average, adam, losses, observed, generator) -> int:
     return int(saved["step"])
 
 
-def local_images(real: RealSet, counts: Tensor, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Freshly drawn real images of a block's classes, and what each counts in the block's statistics.
-
-    Args:
-        counts: int64 (C,), images of each class in the block.
-        each: real images drawn of each of these classes, fewer where a class has fewer.
-
-    Returns:
-        uint8 (n, 3, s, s) and float32 (n,), which sums to 1: each class has its share of the block.
-    """
-    rows, weights = [], []
-    for label in counts.nonzero().flatten().tolist():
-        of_class = real.rows(label)
-        drawn = of_class[torch.randperm(len(of_class), generator=generator)[:each]]
-        rows.append(drawn)
-        weights.append(torch.full((len(drawn),), float(counts[label]) / float(counts.sum()) / len(drawn)))
-    return real.images(torch.cat(rows)), torch.cat(weights)
-
-
-def local_targets(
-    targets: Targets, network: Network, images: Tensor, weights: Tensor, recipe: Recipe, session: Session
-) -> Targets:
-    """`targets` with the class form of `class_scope: local`: the statistics of these real images together.
-
-    The alternative that the released code has under this name; the global form stays as it is.
-    """
-    taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
-    taps.shift = targets.global_mean
-    first, second = [], []
-    for part in images.split(recipe.moments.batch):
-        with torch.no_grad(), session.autocast(), taps:
-            network(part.to(session.device).float() / 255)
-        moments = taps.collect()
-        first.append(moments[0])
-        second.append(moments[1])
-    weights = weights.to(session.device)[None]
-    mean, var = matching.group(torch.cat(first), torch.cat(second), targets.global_mean, weights)
-    return targets._replace(mixture_mean=mean[0], mixture_var=var[0])
-
-
 def obtain(
     recipe: Recipe, real: RealSet, observers: Observers, moments: Moments | None, initial: Initial, session: Session
 ) -> Tensor:
@@ -260,28 +153,20 @@ def obtain(
     settings = {
         "seed": recipe.seed,
         "precision": recipe.precision if session.device.type != "cpu" else "float32",
-        "synthesize": section.model_dump(exclude={"observers"}),
+        "synthesize": _facts(section),
         "moments": moments.fingerprint(chosen),
         "source": [recipe.source.mean, recipe.source.std],
         "initial": initial.fingerprint,
     }
     mark = work.fingerprint(STAGE, VERSION, **settings)
     units = [Unit(STAGE, f"{recipe.name}-ipc{recipe.ipc}-{index:05d}", mark) for index in range(len(blocks))]
-    networks = {}  # loaded when the first missing block needs them
+    load = cache(observers.load)  # when the first missing block needs them
 
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         ids = blocks[units.index(unit)]
-        counts = torch.bincount(labels[ids], minlength=len(real.names))
-        observed, local = [], section.class_scope == "local"
-        drawn = local_images(real, counts, section.local_images, generator) if local else ()
-        for name, epoch in chosen:
-            if (name, epoch) not in networks:
-                networks[name, epoch] = observers.load(name, epoch)
-            targets = moments.targets(name, epoch, counts)
-            if local:
-                targets = local_targets(targets, networks[name, epoch], *drawn, recipe, session)
-            observed.append(Observed(networks[name, epoch], targets, labels[ids], recipe, session))
-        z, losses = optimise(initial.images[ids], labels[ids], observed, recipe, session, generator, progress)
+        of_pictures = labels[ids].repeat_interleave(recipe.images.grid**2)
+        observed = observe(recipe, real, observers, moments, of_pictures, session, generator, load)
+        z, losses = optimise(initial.images[ids], of_pictures, observed, recipe, session, generator, progress)
         return {"images": Space(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
 
     work.run(units, make, session, seed=recipe.seed, label="synthesize")
@@ -289,3 +174,38 @@ def obtain(
     for unit, ids in zip(units, blocks, strict=True):
         result[ids] = session.store.load(unit)["images"]
     return result
+
+
+def observe(
+    recipe: Recipe,
+    real: RealSet,
+    observers: Observers,
+    moments: Moments,
+    labels: Tensor,
+    session: Session,
+    generator: torch.Generator,
+    load: Callable[[str, int], Network],
+) -> list[Observed]:
+    """The observers of a block with its targets; `labels` int64 (B,) are those of its pictures."""
+    section, counts = recipe.synthesize, torch.bincount(labels, minlength=len(real.names))
+    fresh = section.class_scope == "local"
+    drawn = local.draw(real, counts, section.local_images, generator) if fresh else ()
+    observed = []
+    for name, epoch in selected(recipe, section.observers):
+        network, targets = load(name, epoch), moments.targets(name, epoch, counts)
+        if fresh:
+            targets = local.retarget(targets, network, *drawn, recipe, session)
+        accuracy = observers.facts(name, epoch)["accuracy"] if section.pick == "accuracy" else None
+        observed.append(Observed(network, targets, labels, recipe, session, accuracy))
+    return observed
+
+
+def _facts(section: Synthesize) -> dict:
+    """Every key that decides the images; those of `LATER` only where used, so that blocks made before are found."""
+    facts, plain = section.model_dump(exclude={"observers"}), Synthesize()
+    for key in LATER:
+        if getattr(section, key) == getattr(plain, key):
+            del facts[key]
+    if section.flatness.kind != "sam":
+        del facts["flatness"]["rho"]
+    return facts

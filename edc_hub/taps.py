@@ -72,10 +72,11 @@ class Taps:
 
     The network must be in eval mode. `layers` picks what is measured: channels of BatchNorm2d inputs, channels of
     Conv2d inputs, tiles of Conv2d inputs (`patch` a side). Raises InputError if the network has nothing of the kind.
+    `size` is the side of the images, where not the network's `image_size`.
     """
 
-    def __init__(self, network: Network, *, patch: int, layers: Sequence[Kind] = KINDS):
-        self.sites = _probe(network, patch, layers)
+    def __init__(self, network: Network, *, patch: int, layers: Sequence[Kind] = KINDS, size: int | None = None):
+        self.sites = _probe(network, patch, layers, size)
         self.layout = Layout.of(part for site in self.sites.values() for part in site.parts)
         if not self.layout.segments:
             arch, kinds = network.facts["arch"], " or ".join(layers)
@@ -132,7 +133,7 @@ class Taps:
         return _Collect.apply(done, *tokens)
 
 
-def _probe(network: Network, patch: int, layers: Sequence[Kind]) -> dict[nn.Module, "Site"]:
+def _probe(network: Network, patch: int, layers: Sequence[Kind], size: int | None) -> dict[nn.Module, "Site"]:
     """Sites in the order of `named_modules`, from the shapes that one image meets."""
     shapes: dict[nn.Module, torch.Size] = {}
     watched = [m for m in network.module.modules() if isinstance(m, nn.BatchNorm2d | nn.Conv2d)]
@@ -141,7 +142,7 @@ def _probe(network: Network, patch: int, layers: Sequence[Kind]) -> dict[nn.Modu
         shapes.setdefault(module, inputs[0].shape)
 
     handles = [module.register_forward_pre_hook(look) for module in watched]
-    size = network.facts["input_size"] or network.facts["image_size"]
+    size = network.facts["input_size"] or size or network.facts["image_size"]
     try:
         with torch.no_grad():
             network(network.mean.expand(1, 3, size, size))

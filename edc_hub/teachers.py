@@ -67,6 +67,10 @@ class Teachers:
         """With the arithmetic that the observers were made with, whatever the students'."""
         return replace(self._session, dtype=getattr(torch, self._recipe.precision))
 
+    def labellers(self) -> tuple[Recipe, observers.Observers, Session]:
+        """The recipe by which they label, with their networks; the networks; and a session with their arithmetic."""
+        return self._recipe, self._observers, self._own_session
+
     @cached_property
     def _chosen(self) -> list[tuple[str, int]]:
         return selected(self._recipe, self._recipe.relabel.observers)
@@ -95,7 +99,7 @@ class Teachers:
 
 def of_images(condensed: CondensedSet, session: Session) -> Teach:
     """The stored soft label of each image whatever its view; of mixed views the mixture by share."""
-    stored = condensed.soft_labels.to(session.device)
+    stored = condensed.of_pictures(condensed.soft_labels).to(session.device)
 
     def teach(x: Tensor, table: ViewTable) -> Tensor:
         first, second = table["image_id"].long(), table["mix_image_id"].long()

@@ -8,12 +8,13 @@ import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import feed, networks, recipes, source, students, teachers, views, work
+from . import controls, feed, judged, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError
@@ -21,7 +22,7 @@ from .feed import Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation, Student, of_student, student_name
 from .realset import RealSet
-from .recipe import Images, Source
+from .recipe import Source
 from .section import ViewSettings
 from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
@@ -53,6 +54,8 @@ class Bench:
     comparison: Comparison
     sets: list[CondensedSet]
     session: Session
+    folder: Path
+    """Of the comparison: where controls of a set from the Hub are made."""
 
     def __post_init__(self) -> None:
         section = self.comparison.evaluation
@@ -63,6 +66,7 @@ class Bench:
         self.size: int = self.sets[0].manifest["images"]["size"]
         self.teachers = teachers.Teachers(self.sets[0], section, self._source(self.size), self.session)
         self.unavailable: dict[str, str] = {}
+        self._real_rows: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     def _source(self, size: int) -> Source:
         return self.comparison.source.model_copy(update={"size": size})
@@ -81,26 +85,12 @@ class Bench:
     @cached_property
     def judged_on(self) -> RealSet:
         """The split that accuracy is measured on. Raises InputError where its classes are not the set's."""
-        section = self._source(self.comparison.evaluation.test_resize or self.size)
-        split = source.load(section, self.comparison.split)
-        ours, theirs = self.sets[0].names, split.names
-        if ours != theirs:
-            wrong = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), None)
-            what = f"class '{wrong[1]}' where the set has '{wrong[0]}'" if wrong else f"{len(theirs)} classes"
-            raise InputError(
-                f"source.path: {split.id} has {what} ({len(ours)} in the set); give the set that it was condensed "
-                "from, or the same source.classes"
-            )
-        if self.comparison.evaluation.test_resize and split.size < self.size:
-            raise InputError(f"evaluation.test_resize: {split.size} is less than the images' {self.size} px; raise it")
-        return split
+        return judged.open_split(self.comparison, self._source, self.size, self.sets[0].names)
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
         """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
-        rows, edge = self.judged_on.rows(), (self.judged_on.size - self.size) // 2
-        inner = slice(edge, edge + self.size)
-        return self.judged_on.images(rows)[..., inner, inner].contiguous(), self.judged_on.labels[rows]
+        return judged.centres(self.judged_on, self.size)
 
     def network(self, name: str, seed: int) -> Network:
         """A student with random weights. Raises InputError for a name or a size that does not work."""
@@ -149,14 +139,10 @@ class Bench:
         return found
 
     def _controls(self, condensed: CondensedSet, kind: str) -> list[CondensedSet]:
-        places = []
-        if condensed.run:
-            folder = condensed.run / "controls" / kind
-            places = [folder] if kind == "initial" else sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name))
-        found = [CondensedSet.load(place) for place in places if (place / "manifest.json").is_file()]
+        section, folder = self._source(self.size), self.folder / "controls" / condensed.manifest["fingerprint"]
+        found, reason = controls.find(condensed, kind, lambda: self.real, section, self.session, folder)
         if not found:
-            beside = "the run wrote none (relabel.controls)"
-            self.unavailable[kind] = beside if condensed.run else "it lies beside the run that made the set"
+            self.unavailable[kind] = reason
         return found
 
     def check(self) -> None:
@@ -175,19 +161,21 @@ class Bench:
     def unit(self, trial: Trial) -> Unit:
         section, whole = self._section(trial), trial.row == "upper_bound"
         given, made = self.students[trial.student], trial.images.manifest
+        images = dict(made["images"])
+        count = images.pop("count")
         about = {
-            "images": made["images"],
+            "images": images,
             "classes": made["classes"],
             "view": feed.settings(made["soft_labels"]).model_dump(),
         }
         if not whole:  # the whole real set is the same for every condensed one
-            about |= {"files": made["configs"], "count": made["images"]["count"]}
+            about |= {"files": made["configs"], "count": count}
+            about |= {"decode": made["decode"]} if "decode" in made else {}
         if trial.row.startswith("real"):
             about |= {
                 "budget": self._budget(trial),
-                "encoding": recipes.resolve(trial.images.recipe).images.model_dump(),
+                "encoding": recipes.resolve(trial.images.recipe).images.model_dump(exclude={"grid"}),
             }
-        about["images"] = {key: value for key, value in about["images"].items() if key != "count"}
         fingerprint = work.fingerprint(
             STAGE,
             VERSION,
@@ -275,7 +263,9 @@ class Bench:
         elif section.labels == "mean":
             teach = teachers.of_images(condensed, self.session)
         view = self._shown(trial, section)
-        return Drawn(condensed.images, condensed.labels, view, section.batch, device, seed=seed, teach=teach)
+        labels = condensed.of_pictures(condensed.labels)
+        pictures, grid = condensed.pictures, condensed.grid
+        return Drawn(pictures, labels, view, section.batch, device, seed=seed, teach=teach, grid=grid)
 
     def _view(self, condensed: CondensedSet, section: Evaluation) -> ViewSettings | None:
         """How views are drawn; None: images are shown whole."""
@@ -288,10 +278,12 @@ class Bench:
         return view.model_copy(update={"mix": "none"}) if view and trial.row.endswith("unmixed") else view
 
     def _of_equal_bytes(self, trial: Trial) -> tuple[Tensor, int]:
-        return feed.equal_bytes(self.real, self._budget(trial), self._encoding(trial), trial.seed)
-
-    def _encoding(self, trial: Trial) -> Images:
-        return recipes.resolve(trial.images.recipe).images
+        """Rows and bytes, encoded once for all students and both variants of a row; sets share their encoding."""
+        key = self._budget(trial), trial.seed
+        if key not in self._real_rows:
+            encoding = recipes.resolve(trial.images.recipe).images
+            self._real_rows[key] = feed.equal_bytes(self.real, key[0], encoding, trial.seed)
+        return self._real_rows[key]
 
     def _budget(self, trial: Trial) -> int:
         return sum(self.bytes(trial.images, self.sections[trial.student].labels).values())

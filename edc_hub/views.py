@@ -20,7 +20,8 @@ ViewTable = dict[str, Tensor]
 """Columns of V views, on the CPU: `epoch` int16, `image_id` int32, `crop` int16 (V, 4) box y, x, h, w in the stored
 image, `flip` bool, `mix_image_id` int32 (-1 none), `mix_crop`, `mix_flip`, `mix_box` int16 (V, 4) box y, x, h, w in
 the view, `mix_lam` float32 (the share of the first image), and where used `augment`, `mix_augment` int16 (V, 2 * ops)
-and `shuffle`, `mix_shuffle` int16 (V, 2 * strips)."""
+and `shuffle`, `mix_shuffle` int16 (V, 2 * strips). Where images are canvases, the ids count their pictures; those of
+stored rows count canvases, with `tile` and `mix_tile` int8 beside them (canvas.py)."""
 
 _OWN = ("crop", "flip", "augment", "shuffle")  # what a view has before it is mixed
 
@@ -90,8 +91,8 @@ def whole(count: int, size: int) -> ViewTable:
 def columns(table: ViewTable) -> list[str]:
     """The columns of a table in the order of the schema, whatever order it came in."""
     order = [
-        "epoch", "image_id", "crop", "flip", "mix_image_id", "mix_crop", "mix_flip", "mix_box", "mix_lam",
-        "augment", "mix_augment", "shuffle", "mix_shuffle",
+        "epoch", "image_id", "tile", "crop", "flip", "mix_image_id", "mix_tile", "mix_crop", "mix_flip", "mix_box",
+        "mix_lam", "augment", "mix_augment", "shuffle", "mix_shuffle",
     ]  # fmt: skip
     return [name for name in order if name in table]
 

@@ -8,6 +8,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 
 from edc_hub import condensed, labels
+from edc_hub.encoding import decode, encode
 from edc_hub.recipe import Recipe
 from edc_hub.work import Session
 
@@ -111,15 +112,16 @@ def written(
         IPC, relabel={**RELABEL, "epochs": epochs, **(relabel or {})}, images=encoding or {}, evaluation={"epochs": 2}
     )
     observers = Observers(CLASSES)
-    files = condensed.encode(images, given.images)
+    files = encode(images, given.images)
     rows = torch.arange(COUNT).int().view(-1, 1)
+    tiles = [rows + 100, rows - 5] * max(1, given.images.grid**2 // 2)
     condensed.write(
         folder,
         recipe=given,
         files=files,
-        initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat([rows + 100, rows - 5], 1)),
+        initial=SimpleNamespace(images=noise(COUNT, size, seed=7), source_rows=torch.cat(tiles, 1)),
         real=real(CLASSES, size),
-        labels=labels.obtain(given, condensed.decode(files), observers, session),
+        labels=labels.obtain(given, decode(files), observers, session),
         observers=observers,
         control=control,
     )

@@ -55,7 +55,22 @@ SYNTHESIS = {
     "edc's selector": [
         *["--initialize.kind", "rded", "--initialize.variant", "edc", "--initialize.images_per_class", "12"]
     ],
+    "harder crops": [
+        *["--initialize.kind", "rded", "--initialize.images_per_class", "12", "--initialize.difficulty", "medium"]
+    ],
     "noise": ["--initialize.kind", "noise"],
+    "curriculum": ["--synthesize.curriculum.kind", "cosine"],
+    "flatness of statistics": ["--synthesize.flatness.kind", "statistics", "--synthesize.flatness.weight", "20.0"],
+    "sharpness-aware": ["--synthesize.flatness.kind", "sam", "--synthesize.flatness.rho", "5.0"],
+    "total variation": ["--synthesize.tv", "0.1"],
+    "squared norm": ["--synthesize.l2", "0.1"],
+    "two sizes": ["--synthesize.sizes", "[8, 6]"],
+    "mixup of images": ["--synthesize.mix", "mixup"],
+    "cutout": ["--synthesize.mix", "cutout"],
+    "drawn observers": ["--synthesize.pick", "random"],
+    "accurate observers": ["--synthesize.pick", "accuracy"],
+    "both observers": ["--synthesize.together", "2"],
+    "residual": ["--synthesize.residual.every", "3"],
     "another seed": ["--seed", "1"],
     "no synthesis": ["--synthesize.iterations", "0"],
 }

@@ -154,7 +154,7 @@ def test_help_lists_every_key_and_the_shipped_recipes_and_needs_no_torch():
         ("--split train", "split: expected one of 'test' or 'holdout', got 'train'"),
         (
             "--evaluation.protocol edcc",
-            "evaluation.protocol: no protocol 'edcc'; did you mean 'edc'? There are: dc, edc",
+            "evaluation.protocol: no protocol 'edcc'; did you mean 'edc'? There are: cda, dc, edc",
         ),
         ("--evaluation.students []", "evaluation.students: an empty list; name one, e.g. [resnet18]"),
         ("--evaluation.students convnet3,convnet3", "evaluation.students: 'convnet3' is given twice"),

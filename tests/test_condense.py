@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -272,10 +273,14 @@ def test_the_examples_of_the_readme_run_as_they_stand(finished, tmp_path, monkey
     (tmp_path / "runs/digits-edc-ipc10").symlink_to(finished[0] / "run")
     monkeypatch.chdir(tmp_path)
     readme = Path(__file__).parent.parent / "README.md"
-    train, replay = [part.split("```")[0] for part in readme.read_text().split("```python\n")[1:]]
+    train, replay, method = [part.split("```")[0] for part in readme.read_text().split("```python\n")[1:]]
     assert train.count("range(30)") == 1
     names: dict = {}
     exec(train.replace("range(30)", "range(2)"), names)
     assert names["loss"].isfinite()
     exec(replay, names)
     assert names["pixels"].shape == (20, 3, 8, 8) and names["logits"].shape == (20, 10)
+    exec(method, names)
+    pair = torch.tensor([0, 100], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    task = SimpleNamespace(initial=SimpleNamespace(images=pair), recipe=SimpleNamespace(ipc=2), options={"share": 0.2})
+    assert names["blend"](task)[:, 0, 0, 0].tolist() == [10, 90]

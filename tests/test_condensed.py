@@ -15,7 +15,7 @@ from datasets import load_dataset
 from helpers_labels import CLASSES, COUNT, IPC, RELABEL, Observers, noise, real, recipe, written
 from PIL import Image
 
-from edc_hub import CondensedSet, condensed, labels, tables
+from edc_hub import CondensedSet, encoding, labels, tables
 from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
@@ -224,9 +224,9 @@ def test_large_sets_are_cut_into_shards_and_read_back_whole(session, tmp_path, l
 def test_images_are_png_up_to_64_pixels_and_as_asked_above(size, kind, expected):
     x = torch.linspace(20, 230, size).round().to(torch.uint8)
     images = torch.stack([x.expand(size, size), x[:, None].expand(size, size), x.expand(size, size).flip(1)])[None]
-    files = condensed.encode(images, Images(format=kind, quality=95))
+    files = encoding.encode(images, Images(format=kind, quality=95))
     assert Image.open(io.BytesIO(files[0])).format == expected
-    error = (condensed.decode(files).int() - images.int()).abs()
+    error = (encoding.decode(files).int() - images.int()).abs()
     assert error.max() == 0 if expected == "PNG" else error.float().mean() < 2
 
 
@@ -240,9 +240,9 @@ def test_labels_are_those_of_the_stored_jpeg_not_of_the_pixels_before_it(session
 
 
 def test_a_newer_format_is_refused_with_the_side_that_is_old(dataset, tmp_path):
-    newer = json.loads((dataset / "manifest.json").read_text()) | {"format_version": "2.0"}
+    newer = json.loads((dataset / "manifest.json").read_text()) | {"format_version": "3.0"}
     (tmp_path / "manifest.json").write_text(json.dumps(newer))
-    with pytest.raises(InputError, match=r"newer than this edc_hub.*2\.0.*reads up to 1\.0.*upgrade"):
+    with pytest.raises(InputError, match=r"newer than this edc_hub.*3\.0.*reads up to 2\.0.*upgrade"):
         CondensedSet.load(tmp_path)
     (tmp_path / "manifest.json").write_text(json.dumps(newer | {"format_version": "1.7"}))
     assert CondensedSet.load(tmp_path).ipc == 2

@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from toys import png, write_parquet
 
 from edc_hub import comparison, evaluate, feed, trials, work
-from edc_hub import condensed as sets
 from edc_hub.condensed import CondensedSet
+from edc_hub.encoding import encode
 
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
@@ -65,7 +65,7 @@ def refused(capsys, *argv):
 
 def bench(folder, session, *more):
     parsed = comparison.parse(["--dataset", str(folder), *more])
-    return trials.Bench(parsed.comparison, parsed.sets, session)
+    return trials.Bench(parsed.comparison, parsed.sets, session, session.store.root.parent)
 
 
 def same(results):
@@ -137,7 +137,7 @@ def test_results_curves_and_the_card_s_table_lie_in_the_run_and_in_every_dataset
 
 def test_an_accuracy_is_that_of_the_last_epoch_s_predictions(whole, toy_run, session):
     parsed = comparison.parse(whole.argv[: -len(MACHINE)])
-    made = trials.Bench(parsed.comparison, parsed.sets, session)
+    made = trials.Bench(parsed.comparison, parsed.sets, session, session.store.root.parent)
     session.store.root = toy_run.parent / "artifacts"
     each = whole.results["students"]["wide"]["rows"]["set"]["each"]
     for trial in [trial for trial in made.trials() if (trial.student, trial.row) == ("wide", "set")]:
@@ -186,7 +186,7 @@ def test_a_set_away_from_its_run_has_no_control_images(lonely, toy_run, tmp_path
     out = capsys.readouterr().out
     for row in ("(i) initial images", "(ii) random real images"):
         (line,) = [line for line in out.splitlines() if line.startswith(row)]
-        assert line.endswith("not available: it lies beside the run that made the set")
+        assert "not available: it lies beside the run that made the set, and the observers" in line
 
 
 def test_hard_rows_are_the_set_s_own_images_with_their_classes(toy_run, session):
@@ -212,7 +212,7 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
     picked = []
     for seed in (0, 1):
         rows, told = feed.equal_bytes(made.real, budget, encoding, seed)
-        sizes = [len(file) for file in sets.encode(made.real.images(rows), encoding)]
+        sizes = [len(file) for file in encode(made.real.images(rows), encoding)]
         assert told == sum(sizes)
         assert len(set(rows.tolist())) == len(rows)
         counts = torch.bincount(made.real.labels[rows], minlength=3)
@@ -222,7 +222,7 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
         picked.append(rows.tolist())
     assert picked[0] != picked[1]
     few, _ = feed.equal_bytes(made.real, 900, encoding, 0)
-    cost = [len(file) for file in sets.encode(made.real.images(few), encoding)]
+    cost = [len(file) for file in encode(made.real.images(few), encoding)]
     assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
     assert len(feed.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
     for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:

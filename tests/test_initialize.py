@@ -7,7 +7,7 @@ import torch
 import torchvision
 from toys import Net, Watching, png, write_parquet
 
-from edc_hub import initialize, pixels, rded, source, work
+from edc_hub import initialize, pixels, rded, rules, source, work
 from edc_hub.errors import InputError
 from edc_hub.recipe import Recipe
 
@@ -180,6 +180,41 @@ def test_the_edc_variant_tiles_consecutive_ranks_of_1024_crops_of_the_easiest_im
                 y, x = tile // 2 * 6, tile % 2 * 6
                 assert initial.source_rows[label * ipc + j, tile] == row
                 assert (image[:, y : y + 6, x : x + 6].double() - small).abs().max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("difficulty", ["medium", "hardest"])
+def test_crops_of_another_difficulty_come_first_and_larger_sets_begin_with_smaller_ones(
+    folder, observers, session, difficulty
+):
+    keys = {"kind": "rded", "images_per_class": 15, "crops": 4, "observers": ["one"], "crop_area": [0.2, 0.9]}
+    easiest, real = obtain(make_recipe(folder, ipc=15, **keys), observers, session)
+    initial, _ = obtain(make_recipe(folder, ipc=7, difficulty=difficulty, **keys), observers, session)
+    for label in range(3):
+        ranks = list(range(15))  # of the crops by ascending cross-entropy
+        wanted = {"hardest": ranks[::-1], "medium": [7, 6, 8, 5, 9, 4, 10]}[difficulty][:7]
+        found = initial.source_rows[label * 7 : label * 7 + 7, 0].tolist()
+        assert found == [int(easiest.source_rows[label * 15 + rank, 0]) for rank in wanted]
+        assert torch.equal(initial.images[label * 7], easiest.images[label * 15 + wanted[0]])
+    few, _ = obtain(make_recipe(folder, ipc=3, difficulty=difficulty, **keys), observers, session)
+    assert torch.equal(few.images.unflatten(0, (3, 3)), initial.images.unflatten(0, (3, 7))[:, :3])
+
+
+def test_ranks_by_difficulty():
+    scores = torch.tensor([0.5, 0.1, 0.9, 0.3, 0.7, 0.2])
+    assert rded.ranked(scores, "easiest").tolist() == [1, 5, 3, 0, 4, 2]
+    assert rded.ranked(scores, "hardest").tolist() == [2, 4, 0, 3, 5, 1]
+    assert rded.ranked(scores, "medium").tolist() == [3, 0, 5, 4, 1, 2]  # the median lies between the first two
+
+
+def test_difficulty_counts_only_where_it_is_another_and_where_crops_are_scored(folder, observers, session):
+    keys = {"kind": "rded", "images_per_class": 12, "crops": 2}
+    marks = {difficulty: obtain(make_recipe(folder, difficulty=difficulty, **keys), observers, session)[0].fingerprint
+             for difficulty in ("easiest", "medium", "hardest")}  # fmt: skip
+    assert len(set(marks.values())) == 3
+    assert marks["easiest"] == obtain(make_recipe(folder, **keys), observers, session)[0].fingerprint
+    assert "difficulty" not in initialize._facts(make_recipe(folder, **keys))  # sets made before the key are found
+    with pytest.raises(InputError, match="initialize.difficulty: medium crops need kind rded, got real"):
+        rules.validate(make_recipe(folder, kind="real", difficulty="medium"))
 
 
 def test_tiles_fill_an_image_whose_side_the_factor_does_not_divide():

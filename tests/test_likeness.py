@@ -47,8 +47,7 @@ def test_figures_are_those_of_the_slow_reference(size):
 
 def facts(published, source_rows, real_images, whole=True):
     real = SimpleNamespace(images=lambda rows: real_images[rows])
-    files = list(range(len(published)))
-    return likeness.facts(files, lambda numbers: published[numbers], torch.tensor(source_rows), real, whole=whole)
+    return likeness.facts(lambda numbers: published[numbers], torch.tensor(source_rows), real, whole=whole)
 
 
 def test_each_image_is_compared_with_its_own_row_whatever_the_batches(monkeypatch):

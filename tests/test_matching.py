@@ -321,3 +321,59 @@ def test_densification_distils_the_spectrum_of_each_class():
 def test_densification_of_single_images_is_nothing():
     images = draw(3, 3, 8, 8).requires_grad_()
     assert matching.densification(images, torch.tensor([0, 1, 2]), 4.0) == 0
+
+
+def test_flatness_of_statistics_is_the_distance_of_the_blocks_own_statistics():
+    given, section = targets(), Synthesize(first_layer=10.0, class_scope="per_class", ema=0.9, drop_rate=0.5)
+    present, averaged = moments(given, seed=9), moments(given, seed=30)
+    matcher = Matcher(given, section, LABELS)
+    found = matcher.flatness(present, averaged)
+    present_ = [t.detach().double().requires_grad_() for t in present]
+    averaged_ = [t.detach().double() for t in averaged]
+    ours = statistics(*present_, given.global_mean, range(6))
+    theirs = statistics(*averaged_, given.global_mean, range(6))
+    expected = 0.0
+    for segment in LAYOUT.segments:
+        columns = slice(segment.start, segment.start + segment.length)
+        for one, other in zip(ours, theirs, strict=True):
+            distance = ((one - other)[columns] ** 2).sum().sqrt()
+            expected = expected + (10.0 if segment.name == "a" else 1.0) * distance
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    gradients = torch.autograd.grad(found, (*present, *averaged), allow_unused=True)
+    assert gradients[2] is gradients[3] is None  # X_EMA has no gradient
+    for one, other in zip(gradients, torch.autograd.grad(expected, present_), strict=False):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-6)
+    assert not matcher.state()  # of this view alone: nothing is remembered
+
+
+def test_what_is_not_kept_leaves_the_averages_as_they_were():
+    given, section = targets(), Synthesize(class_scope="per_class", ema=0.7)
+    one, other = Matcher(given, section, LABELS), Matcher(given, section, LABELS)
+    for step in range(4):
+        first = one(*moments(given, seed=step), torch.Generator())
+        assert torch.equal(other(*moments(given, seed=step), torch.Generator(), keep=False), first)
+        other(*moments(given, seed=90), torch.Generator(), keep=False)
+        assert torch.equal(other(*moments(given, seed=step), torch.Generator()), first)
+
+
+def test_total_variation_is_the_norm_of_the_differences_in_four_directions():
+    z = draw(2, 3, 4, 5, seed=1).requires_grad_()
+    exact, expected = z.detach().double().requires_grad_(), 0.0
+    for down, right in ((0, 1), (1, 0), (1, 1), (1, -1)):
+        squares = 0.0
+        for y in range(4 - down):
+            for x in range(max(0, -right), 5 - max(0, right)):
+                squares = squares + (exact[:, :, y + down, x + right] - exact[:, :, y, x]).square().sum()
+        expected = expected + squares.sqrt()
+    found = matching.total_variation(z)
+    torch.testing.assert_close(found.double(), expected)
+    gradients = torch.autograd.grad(found, z)[0], torch.autograd.grad(expected, exact)[0]
+    torch.testing.assert_close(gradients[0].double(), gradients[1])
+    flat = torch.ones(1, 3, 4, 4, requires_grad=True)
+    assert torch.equal(torch.autograd.grad(matching.total_variation(flat), flat)[0], torch.zeros(1, 3, 4, 4))
+
+
+def test_the_squared_norm_is_that_of_an_image():
+    z = draw(3, 3, 2, 2, seed=2)
+    expected = sum(float(value) ** 2 for value in z.flatten()) / 3
+    assert matching.squared_norm(z).item() == pytest.approx(expected, rel=1e-5)

@@ -11,7 +11,7 @@ import yaml
 from hub import Hub, python
 from toys import write_parquet
 
-from edc_hub import condensed, foreign, given, recipe, relabel, source
+from edc_hub import encoding, foreign, given, recipe, relabel, source
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 
@@ -55,7 +55,7 @@ def write(folder, images, labels, **options):
 
 
 def _png(image):
-    return condensed.encode(image[None], recipe.Images())[0]
+    return encoding.encode(image[None], recipe.Images())[0]
 
 
 @pytest.fixture(scope="module")

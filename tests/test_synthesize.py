@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edc_hub import matching, networks, synthesize, work
+from edc_hub import crops, local, matching, networks, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
 from edc_hub.recipe import Recipe
@@ -38,7 +38,7 @@ class Smooth:
     def logits(self, x):
         return torch.tanh(x.flatten(1) - 0.5) @ self.weight.t()
 
-    def loss(self, x, averaged, labels, section, generator):
+    def loss(self, x, averaged, labels, section, generator, *, mix, keep):
         return F.cross_entropy(self.logits(x), labels)
 
 
@@ -76,8 +76,8 @@ def test_ten_adam_steps_are_those_of_a_reference_on_normalised_pixels(session, t
 
 def test_a_loss_that_is_no_number_is_refused_and_not_published(session, tmp_path):
     class Broken(Smooth):
-        def loss(self, *rest):
-            return super().loss(*rest) * torch.inf
+        def loss(self, *rest, **more):
+            return super().loss(*rest, **more) * torch.inf
 
     generator, progress = torch.Generator(), Progress(tmp_path / "p", 1e9)
     given = images(), torch.arange(4), [Smooth(0), Broken(0)], recipe()
@@ -118,7 +118,7 @@ def test_the_block_shares_one_crop_flip_and_roll():
     made = recipe(crop_area=[0.3, 0.9], flip=True, jitter=2)
     generator = torch.Generator().manual_seed(3)
     same = images(1).expand(5, -1, -1, -1) / 255.0
-    views = [synthesize.Crop(8, made.synthesize, generator)(same) for _ in range(20)]
+    views = [crops.Crop(8, made.synthesize, generator)(same) for _ in range(20)]
     for view in views:
         assert torch.equal(view, view[:1].expand_as(view))
     assert len({tuple(view[0].flatten().tolist()) for view in views}) > 15
@@ -128,7 +128,7 @@ def test_a_crop_is_the_resized_mirrored_rolled_part():
     made = recipe(crop_area=[0.3, 0.9], flip=True, jitter=2)
     x = images(2) / 255.0
     for seed in range(6):
-        crop = synthesize.Crop(8, made.synthesize, torch.Generator().manual_seed(seed))
+        crop = crops.Crop(8, made.synthesize, torch.Generator().manual_seed(seed))
         left, top, right, bottom = crop.box
         height, width = bottom - top, right - left
         part = x[:, :, top:bottom, left:right].double()
@@ -166,11 +166,11 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
         if stop is not None:
             loss, calls = observed[0].loss, []
 
-            def stopping(*arguments):
+            def stopping(*arguments, **more):
                 calls.append(1)
                 if len(calls) == stop:
                     raise Interrupted
-                return loss(*arguments)
+                return loss(*arguments, **more)
 
             observed[0].loss = stopping
         generator = work.generator(0, "blocks", "b")
@@ -227,7 +227,7 @@ class Fifty:
 
 def test_local_images_are_drawn_of_the_blocks_classes_and_count_as_the_block_does():
     counts = torch.tensor([0, 3, 0, 1, 0])
-    drawn, weights = synthesize.local_images(Fifty(), counts, 6, torch.Generator().manual_seed(0))
+    drawn, weights = local.draw(Fifty(), counts, 6, torch.Generator().manual_seed(0))
     assert drawn.shape == (12, 3, 8, 8)
     everything = images(50, seed=4)
     found = [next(r for r in range(50) if torch.equal(everything[r], image)) for image in drawn]
@@ -243,7 +243,7 @@ def test_local_targets_are_the_statistics_of_the_drawn_images_and_leave_the_glob
     given = given._replace(global_mean=given.global_mean[columns], global_var=given.global_var[columns])
     pixels, weights = images(9, seed=5), torch.rand(9, generator=torch.Generator().manual_seed(0))
     weights = weights / weights.sum()
-    found = synthesize.local_targets(given, net, pixels, weights, made, session)
+    found = local.retarget(given, net, pixels, weights, made, session)
     seen = []
     exact = copy.deepcopy(net).double()
     for layer in exact.module.modules():
@@ -277,13 +277,13 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
     (gradient,) = torch.autograd.grad(found, x)
 
     logits, matched = observed.network(x), matching.Matcher(target(network("batch")), made.synthesize, labels)
-    with observed.taps:
+    with observed.taps[8]:
         observed.network(x)
     present, average = (F.softmax(observed.network(view) / 2, -1) for view in (x, averaged))
     z = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     terms = [
         (1.0, -F.log_softmax(logits, -1)[range(4), labels].mean()),
-        (0.3, matched(*observed.taps.collect(), torch.Generator())),
+        (0.3, matched(*observed.taps[8].collect(), torch.Generator())),
         (0.7, (present * (present / average).log()).sum() / 4),
         (0.9, matching.densification(z, labels, 4.0)),
     ]
@@ -296,8 +296,8 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
 def test_mixed_precision_is_for_the_networks_and_not_for_the_statistics(session):
     session.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
     observed, made, labels, x = random_observed(session, weight=1.0, ema=0.0, densification={"weight": 1.0})
-    collect, kept = observed.taps.collect, []
-    observed.taps.collect = lambda: kept.append(collect()) or kept[0]
+    collect, kept = observed.taps[8].collect, []
+    observed.taps[8].collect = lambda: kept.append(collect()) or kept[0]
     found = observed.loss(x, None, labels, made.synthesize, torch.Generator())
     with torch.no_grad(), session.autocast():
         logits = observed.network(x)
@@ -314,9 +314,9 @@ class Recorder(Smooth):
         super().__init__(seed)
         self.seen = []
 
-    def loss(self, x, averaged, labels, section, generator):
+    def loss(self, x, averaged, *rest, **more):
         self.seen.append((x.detach().double(), averaged.double()))
-        return super().loss(x, averaged, labels, section, generator)
+        return super().loss(x, averaged, *rest, **more)
 
 
 def recorded(session, tmp_path, **keys):
@@ -344,12 +344,12 @@ def test_the_average_is_seen_through_the_crop_of_the_images(session, tmp_path):
 
 def test_half_of_the_views_are_mirrored_and_rolls_are_up_to_the_jitter_each_way():
     made, generator = recipe(flip=True, jitter=2), torch.Generator().manual_seed(0)
-    crops = [synthesize.Crop(8, made.synthesize, generator) for _ in range(2000)]
-    assert sum(crop.flip for crop in crops) / 2000 == pytest.approx(0.5, abs=0.05)
-    rolls = torch.tensor([crop.roll or [0, 0] for crop in crops]).flatten()
+    drawn = [crops.Crop(8, made.synthesize, generator) for _ in range(2000)]
+    assert sum(crop.flip for crop in drawn) / 2000 == pytest.approx(0.5, abs=0.05)
+    rolls = torch.tensor([crop.roll or [0, 0] for crop in drawn]).flatten()
     counts = torch.bincount(rolls + 2, minlength=5)
     assert len(counts) == 5 and counts.min() > 0.8 * 4000 / 5
-    assert not any(synthesize.Crop(8, recipe(flip=False).synthesize, generator).flip for _ in range(50))
+    assert not any(crops.Crop(8, recipe(flip=False).synthesize, generator).flip for _ in range(50))
 
 
 def network(norm):

@@ -1,0 +1,75 @@
+"""Controls (i) and (ii) of a set: the run's beside it, else made again from the rows it names, by its own observers.
+
+A set on the Hub carries the rows of the real set that its images started from, and names the repositories of its
+observers where those are published. The labels of a control are then those that the run gave it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import canvas, pictures, recipes
+from .condensed import CondensedSet
+from .initialize import Initial
+from .protocol import Evaluation
+from .recipe import Source
+from .teachers import Teachers
+
+
+if TYPE_CHECKING:
+    from .realset import RealSet
+    from .work import Session
+
+
+def find(
+    condensed: CondensedSet,
+    kind: str,
+    real: Callable[[], "RealSet"],
+    section: Source,
+    session: "Session",
+    folder: Path,
+) -> tuple[list[CondensedSet], str]:
+    """The sets of control `kind` (`initial` or `random`), or none and why.
+
+    Those of the run beside the set, or made below `folder` by all processes. Args: real: reads the training split that
+    the set is of, as `section` has it; asked only where controls are made.
+    """
+    if condensed.run is not None:
+        places = pictures.control_folders(condensed.run, kind)
+        return [CondensedSet.load(place) for place in places], "the run wrote none (relabel.controls)"
+    reason = _why_not(condensed, kind, real)
+    return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
+
+
+def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"]) -> str | None:
+    """Why a control cannot be made of this set; None where it can."""
+    made = condensed.manifest
+    if condensed.published_observers is None:
+        return "it lies beside the run that made the set, and the observers are not published"
+    if made["source"]["fingerprint"] != real().fingerprint:
+        return f"{real().id} has other images here than the set was condensed from"
+    if kind == "random":
+        return None
+    if made.get("origin") or (condensed.source_rows < 0).any():
+        return "the images start from no real ones"
+    if recipes.resolve(condensed.recipe).initialize.kind == "rded":
+        return "the images start from crops, and only their rows are known"
+    return None
+
+
+def _make(
+    condensed: CondensedSet, kind: str, real: "RealSet", section: Source, session: "Session", folder: Path
+) -> list[CondensedSet]:
+    """The sets of a control below `folder`, labelled where they are not there."""
+    recipe, watching, session = Teachers(condensed, Evaluation(), section, session).labellers()
+    rows = condensed.source_rows
+    images = condensed.images
+    if kind == "initial":
+        images = canvas.compose(real.images(rows.flatten().long()), condensed.grid)
+    initial = Initial(images, rows, "")
+    found = []
+    for each in pictures.controls(recipe, real, initial, folder, epochs=condensed.epochs):
+        if each.control == kind:
+            pictures.label_and_write(recipe, real, watching, each, session)
+            found.append(CondensedSet.load(each.place))
+    return found

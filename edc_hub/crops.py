@@ -1,0 +1,89 @@
+"""What observers see of a block in one step: a crop, flip and roll that its images share, and how they are mixed."""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import pixels
+from .recipe import Synthesize
+
+
+def smallest_area(section: Synthesize, step: int) -> float:
+    """Smallest area of a crop at `step`: `crop_area`'s, to which CDA's curriculum comes down."""
+    curriculum, last = section.curriculum, section.crop_area[0]
+    steps = curriculum.milestone * section.iterations
+    if curriculum.kind == "none" or step >= steps:
+        return last
+    part = step / steps
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * part)), "linear": 1 - part, "step": 1.0}[curriculum.kind]
+    return last + left * (curriculum.start - last)
+
+
+class Crop:
+    """One RandomResizedCrop, flip and roll, shared by the whole block, drawn anew each step.
+
+    `size` is the side of the images. That of the view is the same, or the step's turn of `section.sizes`.
+    """
+
+    def __init__(self, size: int, section: Synthesize, generator: torch.Generator, step: int = 0):
+        draws = torch.rand(pixels.CROP_DRAWS + 2, generator=generator, dtype=torch.float64).numpy()
+        area = smallest_area(section, step), section.crop_area[1]
+        self.size = section.sizes[step % len(section.sizes)] if section.sizes else size
+        self.box = pixels.crop_box(size, size, draws, area, (3 / 4, 4 / 3))
+        self.flip = section.flip and draws[22] < 0.5
+        roll = [int(draw * (2 * section.jitter + 1)) - section.jitter for draw in draws[pixels.CROP_DRAWS :]]
+        self.roll = roll if any(roll) else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) to (B, 3, size, size), differentiable."""
+        left, top, right, bottom = self.box
+        x = x[:, :, top:bottom, left:right]
+        if x.shape[-2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        if self.flip:
+            x = x.flip(-1)
+        return x if self.roll is None else x.roll(self.roll, (-2, -1))
+
+
+class Mix:
+    """MixUp or CutOut of a block's views, drawn anew each step; with `mix: none` nothing is drawn or changed.
+
+    mixup: each view with another's of the block, one share for all, from Beta(mix_alpha, mix_alpha). cutout: a square
+    hole that all views share, its side half of the view's (DeVries and Taylor's 16 px of 32), about a uniform pixel
+    and clipped; `fill` (1, 3, 1, 1) is its colour, the 0 of the normalised space.
+    """
+
+    def __init__(self, section: Synthesize, count: int, size: int, fill: Tensor, generator: torch.Generator):
+        self.partner, self.share, self.hole, self.fill = None, 1.0, None, fill
+        if section.mix == "mixup":
+            order = torch.randperm(count, generator=generator)
+            self.partner = torch.empty_like(order)
+            self.partner[order] = order.roll(1)  # one cycle through the block: never itself
+            self.partner = self.partner.to(fill.device)
+            # torch draws from Beta by the global generator alone
+            seed = int(torch.randint(2**62, (), generator=generator))
+            self.share = float(np.random.Generator(np.random.PCG64(seed)).beta(section.mix_alpha, section.mix_alpha))
+        elif section.mix == "cutout":
+            y, x = (torch.rand(2, generator=generator, dtype=torch.float64) * size).int().tolist()
+            self.hole = y - size // 4, y - size // 4 + size // 2, x - size // 4, x - size // 4 + size // 2
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) in [0, 1] to the same, differentiable."""
+        if self.partner is not None:
+            return self.share * x + (1 - self.share) * x[self.partner]
+        if self.hole is None:
+            return x
+        top, bottom, left, right = self.hole
+        place = torch.arange(x.shape[-1], device=x.device)
+        down, across = (place >= top) & (place < bottom), (place >= left) & (place < right)
+        return torch.where(down[:, None] & across, self.fill, x)
+
+    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the block; in a mixup both classes count, by their shares. (B, C) and int64 (B,)."""
+        loss = F.cross_entropy(logits, labels)
+        if self.partner is None:
+            return loss
+        return self.share * loss + (1 - self.share) * F.cross_entropy(logits, labels[self.partner])

@@ -1,0 +1,187 @@
+"""The loss of one step of synthesis: which observers see the block in which view, and what they say of it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import canvas, matching
+from .crops import Crop, Mix
+from .errors import InputError
+from .matching import Matcher
+from .moments import Targets
+from .networks import Network
+from .recipe import Flatness, Recipe, Source, Synthesize
+from .taps import Taps
+from .work import Session
+
+
+AVERAGED = ("logits", "statistics")  # kinds of flatness that look at the averaged images
+
+
+class Space:
+    """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s)."""
+
+    def __init__(self, source: Source, device: torch.device):
+        self.mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(source.std, device=device).view(1, 3, 1, 1)
+
+    def to_z(self, images: Tensor) -> Tensor:
+        """uint8 to normalised float32."""
+        return self.normalise(images.to(self.mean.device).float() / 255)
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[0, 1] to normalised float."""
+        return (x - self.mean) / self.std
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """Normalised float to [0, 1]."""
+        return z * self.std + self.mean
+
+    def clamp(self, z: Tensor) -> None:
+        """Keeps x in [0, 1], in place."""
+        with torch.no_grad():
+            z.clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
+
+    def to_bytes(self, z: Tensor) -> Tensor:
+        """Normalised float to uint8 on the CPU, rounded."""
+        return self.to_x(z).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+class Observed:
+    """One observer in one block: its network with taps on the layers, and the matcher that holds its targets.
+
+    `accuracy` is its on the check images, 0 to 1, for `pick: accuracy`.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        targets: Targets,
+        labels: Tensor,
+        recipe: Recipe,
+        session: Session,
+        accuracy: float | None = None,
+    ):
+        self.network, self.autocast, self.accuracy = network, session.autocast, accuracy
+        self.pixels, section = Space(recipe.source, session.device), recipe.synthesize
+        sides = section.sizes or [recipe.source.size]
+        self.taps = {side: _taps(network, targets, side, recipe) for side in sides}
+        self.matcher = Matcher(targets, section, labels)
+
+    def loss(
+        self,
+        x: Tensor,
+        averaged: Tensor | None,
+        labels: Tensor,
+        section: Synthesize,
+        generator: torch.Generator,
+        *,
+        mix: Mix | None = None,
+        keep: bool = True,
+    ) -> Tensor:
+        """CE + r * sum of layer losses + flatness + densification: a scalar of the view `x` (B, 3, v, v) in [0, 1].
+
+        `averaged` is the same view of the averaged images, where flatness asks for it; `mix` says how both are mixed.
+        `keep`: the running statistics remember this view.
+        """
+        logits, moments = self._forward(x)
+        loss = F.cross_entropy(logits, labels) if mix is None else mix.cross_entropy(logits, labels)
+        loss = loss + section.weight * self.matcher(*moments, generator, keep)
+        if averaged is not None:
+            loss = loss + section.flatness.weight * self._flatness(logits, moments, averaged, section.flatness)
+        if section.densification.weight:
+            z = self.pixels.normalise(x)  # as every pixel term of the family; a crop of z is the z of the crop
+            term = matching.densification(z, labels, section.densification.tau)
+            loss = loss + section.densification.weight * term
+        return loss
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Logits float32 (B, C) of a view, and its moments (B, F)."""
+        taps = self.taps[x.shape[-1]]
+        with self.autocast(), taps:
+            logits = self.network(x).float()
+        return logits, taps.collect()
+
+    def _flatness(self, logits: Tensor, moments: tuple[Tensor, Tensor], averaged: Tensor, section: Flatness) -> Tensor:
+        """L'_FR or L_FR, unweighted, of a view with these logits and moments."""
+        if section.kind == "statistics":
+            with torch.no_grad():
+                target = self._forward(averaged)[1]
+            return self.matcher.flatness(moments, target)
+        with torch.no_grad(), self.autocast():
+            target = self.network(averaged).float()
+        return matching.flatness(logits, target, section)
+
+
+def _taps(network: Network, targets: Targets, side: int, recipe: Recipe) -> Taps:
+    """Taps for views of `side` pixels. Raises InputError where that has other statistics than `targets`."""
+    try:
+        taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers, size=side)
+    except RuntimeError as error:
+        if recipe.synthesize.sizes is None:
+            raise
+        reason, arch = str(error).strip().splitlines()[0], network.facts["arch"]
+        raise InputError(f"synthesize.sizes: {arch} cannot take views of {side} px ({reason}); use others") from error
+    if len(targets.global_mean) != taps.layout.size:
+        raise InputError(
+            f"synthesize.sizes: {network.facts['arch']} has other tiles at {side} px than in the moments; "
+            "write synthesize.layers [bn, conv], or give the network an input_size"
+        )
+    taps.shift = targets.global_mean
+    return taps
+
+
+def pick(observed: list[Observed], section: Synthesize, step: int, generator: torch.Generator) -> list[Observed]:
+    """The `together` observers of a step: the next in turn, or distinct ones drawn evenly or by their accuracies."""
+    count, among = section.together, len(observed)
+    if section.pick == "turn":
+        return [observed[index % among] for index in range(step * count, (step + 1) * count)]
+    weights = [one.accuracy for one in observed] if section.pick == "accuracy" else [1.0] * among
+    drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=generator)
+    return [observed[index] for index in drawn.tolist()]
+
+
+Loss = Callable[..., Tensor]
+"""loss(z, keep=False) of normalised images (B, 3, s, s), a scalar; `keep`: running statistics remember them."""
+
+
+def step_loss(
+    step: int,
+    average: Tensor,
+    labels: Tensor,
+    observed: list[Observed],
+    section: Synthesize,
+    space: Space,
+    generator: torch.Generator,
+    grid: int,
+) -> Loss:
+    """The loss of one step as a function of z. All that the step draws is drawn for it once: same z, same loss.
+
+    `average` (B, 3, s, s) is X_EMA, with this step's images in it. It and z are canvases of grid x grid pictures, and
+    these are looked at; `labels` (B * grid^2,) are theirs.
+    """
+    crop = Crop(average.shape[-1], section, generator, step)
+    chosen = pick(observed, section, step, generator)
+    mix = Mix(section, len(labels), crop.size, space.mean, generator)
+
+    def view(z: Tensor) -> Tensor:
+        return mix(crop(space.to_x(z)))
+
+    averaged = view(canvas.decode(average, grid)) if section.flatness.kind in AVERAGED else None
+    draws = generator.get_state()
+
+    def loss(z: Tensor, keep: bool = False) -> Tensor:
+        generator.set_state(draws)
+        z = canvas.decode(z, grid)
+        x = view(z)
+        losses = [one.loss(x, averaged, labels, section, generator, mix=mix, keep=keep) for one in chosen]
+        total = sum(losses) / len(losses)
+        if section.tv:
+            total = total + section.tv * matching.total_variation(z)
+        if section.l2:
+            total = total + section.l2 * matching.squared_norm(z)
+        return total
+
+    return loss
