@@ -11,8 +11,10 @@ from .errors import InputError
 _COMMANDS = {
     "condense": "condense a real image set: observers, moments, synthesis, soft labels, controls",
     "evaluate": "train students from a condensed set and report their accuracy beside its controls",
+    "sweep": "a table of overrides x seeds, what they share made once, with the paper's figures beside ours",
     "publish": "a finished run goes to the Hub: one commit that holds images, labels and card, and one tag",
     "relabel": "label anyone's images by a recipe's observers: the same folder, under the same protocol",
+    "diagnose": "what a finished run is like inside: curvature, gradients, moments, what observers and students see",
     "doctor": "what works here and what to do about what does not: versions, devices, token, endpoint, disk, source",
 }
 

@@ -1,0 +1,268 @@
+"""A sweep's file and its cells: a recipe, rows and columns of overrides, seeds, and what the paper reports.
+
+A cell is a row under a column. For each set seed it is a run of `condense`, shared with every cell whose overrides
+differ under `evaluation` alone, and all its sets together are one comparison of `evaluate`. Reading a sweep imports
+no torch.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+
+from . import arguments, documents, keys, published, recipes
+from .errors import InputError
+from .protocol import Student, student_name
+from .published import Paper
+from .recipe import Recipe
+from .section import Count, Section
+
+
+if TYPE_CHECKING:
+    from .realset import RealSet
+
+
+SHIPPED = recipes.ROOT / "sweeps"
+_FLAGS = {"dry_run": "print the cells and what they share, write nothing"}
+_ELSEWHERE = {  # keys that no cell may have of its own, and where they go
+    "seed": "write set_seeds",
+    "hub": "publish a run with edc-hub publish",
+    "output_dir": "write --output_dir",
+    "device": "write --device",
+    "threads": "write --threads",
+    "checkpoint_seconds": "write --checkpoint_seconds",
+}
+
+
+class Choices(Section):
+    """What a command line may change besides the recipe's keys."""
+
+    set_seeds: list[Count] = Field([0], description="seeds of the sets; each is a run of condense")
+    seeds: list[Count] = Field([0, 1, 2], description="seeds of the students, each trained on each set")
+    split: Literal["test", "holdout"] = Field("test", description="what accuracy is measured on; holdout for choices")
+    controls: list[Literal["initial", "random", "hard", "real"]] = Field(
+        [], description="rows beside each set: initial images, random real images, hard labels, real of equal bytes"
+    )
+    weights: list[Literal["ema", "live"]] = Field(
+        ["ema"], description="weights that the table shows; the CSV has both"
+    )
+    students: list[str | Student] | None = Field(None, description="short for evaluation.students")
+    only: list[str] | None = Field(None, description="labels of the rows to do; all when not given")
+
+
+class Sweep(Choices):
+    """A file of `recipes/sweeps`."""
+
+    title: str = Field(description="what the table shows")
+    recipe: str = Field(description="the recipe below all cells: a shipped name or a file")
+    common: dict[str, Any] = Field({}, description="overrides of every cell")
+    rows: dict[str, dict[str, Any]] = Field(description="overrides of each row, by its label")
+    columns: dict[str, dict[str, Any]] = Field({}, description="overrides of each column, by its label")
+    paper: Paper | None = Field(None, description="figures to stand beside ours")
+
+
+class _Known(Choices, Recipe):
+    """Every key of the command line."""
+
+
+class Cell(NamedTuple):
+    """A row under a column."""
+
+    row: str
+    column: str  # "" where the sweep has none
+    recipe: Recipe  # how its students are trained
+    runs: list[Recipe]  # what is condensed, one a set seed; `output_dir` is the run's folder
+    folder: Path  # of its results
+
+    @property
+    def place(self) -> str:
+        return _place(self.row, self.column)
+
+
+class Parsed(NamedTuple):
+    sweep: Sweep
+    cells: list[Cell]
+    folder: Path  # of the tables; runs and artifacts lie beside it
+    dry_run: bool
+
+
+def parse(argv: list[str] | None) -> Parsed:
+    """The sweep of a command line, every cell resolved. `--help` prints to stdout and exits with 0.
+
+    Raises InputError, naming row and column, on anything that looking at recipes can find.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(_usage(), flush=True)
+        raise SystemExit(0)
+    named, given, flags = arguments.split(argv, _Known, _FLAGS)
+    if len(named) != 1:
+        raise InputError(f"sweep: expected one, got {len(named)}; write a YAML file or one of: {_listing()}")
+    file = recipes.find(named[0], SHIPPED)
+    chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
+    sweep = _model(documents.load(file) | chosen)
+    if sweep.students is not None:
+        given.setdefault("evaluation", {})["students"] = [
+            each if isinstance(each, str) else each.model_dump() for each in sweep.students
+        ]
+    folder = Path(given.pop("output_dir", None) or f"runs/sweep-{file.stem}").expanduser()
+    return Parsed(sweep, _cells(sweep, given, folder), folder, flags["dry_run"])
+
+
+def _model(content: dict[str, Any]) -> Sweep:
+    try:
+        sweep = Sweep.model_validate(content)
+    except ValidationError as error:
+        raise InputError(keys.complaint(error, Sweep)) from error
+    for name in ("set_seeds", "seeds", "weights"):
+        values = getattr(sweep, name)
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"{name}: {values}; give at least one, and each once")
+    if not sweep.rows:
+        raise InputError("rows: none given; write e.g. rows: {edc: {method: edc}, random: {method: random}}")
+    published.check(sweep.paper, sweep.rows, sweep.columns)
+    for row in sweep.only or []:
+        if row not in sweep.rows:
+            raise InputError(f"only: no row '{row}'; there are: {', '.join(sweep.rows)}")
+    if sweep.only is None:
+        return sweep
+    return sweep.model_copy(update={"rows": {name: part for name, part in sweep.rows.items() if name in sweep.only}})
+
+
+# Cells
+
+
+def _cells(sweep: Sweep, given: dict[str, Any], folder: Path) -> list[Cell]:
+    parts = [("common", sweep.common), *((f"row '{name}'", part) for name, part in sweep.rows.items())]
+    parts += [(f"column '{name}'", part) for name, part in sweep.columns.items()]
+    for name, part in parts:
+        for key in part.keys() & _ELSEWHERE.keys():
+            raise InputError(f"{name}: {key}: the same for the whole sweep; {_ELSEWHERE[key]}")
+        if name != "common":
+            for key in sorted(leaves(part).keys() & leaves(given).keys()):
+                raise InputError(f"--{key}: {name} sets it; remove it, or sweep over a file of your own")
+    for key in given.keys() & {"seed", "hub"}:
+        raise InputError(f"--{key}: not of a sweep; {_ELSEWHERE[key]}")
+    for row, one in sweep.rows.items():
+        for column, other in sweep.columns.items():
+            for key in sorted(leaves(one).keys() & leaves(other).keys()):
+                raise InputError(f"{_place(row, column)}: both set {key}; leave it to one of them")
+    base = recipes.load(recipes.find(sweep.recipe))
+    columns = sweep.columns or {"": {}}
+    return [
+        _cell(sweep, base, row, column, [sweep.common, one, other, given], folder)
+        for row, one in sweep.rows.items()
+        for column, other in columns.items()
+    ]
+
+
+def _cell(
+    sweep: Sweep, base: dict[str, Any], row: str, column: str, layers: list[dict[str, Any]], folder: Path
+) -> Cell:
+    labelled = {"relabel": {"controls": bool({"initial", "random"} & set(sweep.controls))}}
+    overrides = recipes.layered([labelled, *layers], Recipe)
+    with naming(_place(row, column)):
+        recipe = recipes.resolve(base, overrides)
+        if sweep.split == "holdout" and not recipe.source.holdout:
+            raise InputError("source.holdout: 0 keeps no image back for --split holdout; write --source.holdout 0.1")
+        made = {name: value for name, value in overrides.items() if name != "evaluation"}
+        runs = [_run(base, made, overrides, seed, folder.parent) for seed in sweep.set_seeds]
+    facts = {name: getattr(sweep, name) for name in ("seeds", "split", "controls")}
+    facts |= {"evaluation": recipe.evaluation.model_dump(), "runs": [Path(run.output_dir).name for run in runs]}
+    name = "--".join(_plain(label) for label in (row, column) if label)
+    return Cell(row, column, recipe, runs, folder / "cells" / f"{name}-{_mark(json.dumps(facts))}")
+
+
+def _run(base: dict[str, Any], made: dict[str, Any], overrides: dict[str, Any], seed: int, root: Path) -> Recipe:
+    """What is condensed: without the cell's evaluation, so that cells which differ there are one run."""
+    try:
+        recipe = recipes.resolve(base, {**made, "seed": seed})
+    except InputError:  # a set that asks for a way to be evaluated, as relabel.codec observers does
+        recipe = recipes.resolve(base, {**overrides, "seed": seed})
+    name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{seed}")
+    return recipe.model_copy(update={"output_dir": str(root / f"{name}-{_mark(recipes.published(recipe))}")})
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _plain(label: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", label).strip("-")
+
+
+def leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = isinstance(value, dict) and value
+        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+def _place(row: str, column: str) -> str:
+    return f"row '{row}', column '{column}'" if column else f"row '{row}'"
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Says which cell an error is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
+
+
+def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None:
+    """Raises InputError, naming the cell, for sources, observers and students that do not work; trains nothing."""
+    from . import initialize, labels, networks
+
+    known = set()
+    for cell in cells:
+        with naming(cell.place):
+            for recipe in (*cell.runs, cell.recipe):
+                real = open_source(recipe)
+                initialize.check(recipe, real)
+                labels.check(recipe, len(real.names))
+                students = [Student(arch=it) if isinstance(it, str) else it for it in recipe.evaluation.students]
+                named = [("evaluation.students", student_name(it), it) for it in students]
+                named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
+                for key, name, net in named:
+                    mark = (net.model_dump_json(), recipe.source.model_dump_json())
+                    if mark not in known:
+                        with naming(f"{key}: {name}"):
+                            networks.build(
+                                net.arch,
+                                len(real.names),
+                                seed=0,
+                                args=net.args,
+                                stem=net.stem,
+                                image_size=recipe.source.size,
+                                input_size=net.input_size,
+                                mean=recipe.source.mean,
+                                std=recipe.source.std,
+                            )
+                    known.add(mark)
+
+
+# Texts
+
+
+def _listing() -> str:
+    return ", ".join(recipes.shipped(SHIPPED))
+
+
+def _usage() -> str:
+    flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
+    head = (
+        "usage: edc-hub sweep TABLE [--seeds 0,1,2 --split holdout …] [--section.key value ...]\n\n"
+        f"TABLE is a YAML file or one of: {_listing()}\n"
+        "A key of the recipe (edc-hub condense --help) is set for all cells. --output_dir is the folder of the\n"
+        f"tables, runs/sweep-TABLE when not given; runs and artifacts lie beside it.\n\n{flags}\n"
+    )
+    return "\n".join([head, *keys.help_lines(Choices)])

@@ -1,0 +1,133 @@
+"""A finished run read back: its recipe, its set, and the artefacts it was made from, found again and never remade."""
+
+import platform
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import comparison, documents, initialize, moments, observers, pictures, recipes, source
+from .condensed import CondensedSet
+from .errors import InputError
+from .protocol import Student, student_name
+from .realset import RealSet
+from .recipe import Recipe, selected
+from .trials import Bench, Trial
+from .work import Session, Store, Unit
+
+
+class Kept(Store):
+    """The artefacts beside a finished run, of which none may be made anew."""
+
+    def has(self, unit: Unit) -> bool:
+        """True. Raises InputError where the unit is missing."""
+        if not super().has(unit):
+            raise InputError(
+                f"run: {unit.stage}/{unit.name} is not in {self.root}, where the run's artefacts are looked for; "
+                "diagnose a run where it was condensed, on the same kind of device, or condense it again"
+            )
+        return True
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The resolved recipe of a run folder with a finished set. Raises InputError where there is none."""
+    if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
+        raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
+    return recipes.resolve(documents.load(run / "recipe.yaml"))
+
+
+def observers_of(recipe: Recipe) -> dict[tuple[str, int], list[str]]:
+    """The observers in use, (name, epoch), with the stages that use them."""
+    stages = {"synthesize": recipe.synthesize.observers} if recipe.synthesize.iterations else {}
+    found: dict[tuple[str, int], list[str]] = {}
+    for stage, entries in {**stages, "relabel": recipe.relabel.observers}.items():
+        for entry in dict.fromkeys(selected(recipe, entries)):
+            found.setdefault(entry, []).append(stage)
+    return found
+
+
+def title(entry: tuple[str, int]) -> str:
+    """`resnet18@60`, or the name alone of loaded weights."""
+    return f"{entry[0]}@{entry[1]}" if entry[1] else entry[0]
+
+
+@dataclass
+class Finished:
+    """A finished run; whatever is asked for is read then. Raises InputError for an artefact that is not there."""
+
+    run: Path
+    recipe: Recipe
+    session: Session
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Which set this is, and where it is looked at."""
+        made, gpu = self.condensed.manifest, self.session.device.type == "cuda"
+        return {
+            "set": {key: made[key] for key in ("name", "method", "ipc", "seed", "fingerprint")},
+            "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    @cached_property
+    def kept(self) -> Session:
+        """The session, with the artefacts as they are."""
+        return replace(self.session, store=Kept(self.session.store.root))
+
+    @cached_property
+    def condensed(self) -> CondensedSet:
+        return CondensedSet.load((self.run / "dataset").absolute())
+
+    @cached_property
+    def sets(self) -> dict[str, list[CondensedSet]]:
+        """The set and the controls that the run has: `set`, `initial`, `random`, the latter of several draws."""
+        places = {kind: pictures.control_folders(self.run.absolute(), kind) for kind in ("initial", "random")}
+        found = {kind: [CondensedSet.load(place) for place in those] for kind, those in places.items() if those}
+        return {"set": [self.condensed], **found}
+
+    @cached_property
+    def real(self) -> RealSet:
+        return source.load(self.recipe.source)
+
+    @cached_property
+    def observers(self) -> observers.Observers:
+        return observers.obtain(self.recipe, self.real, self.kept)
+
+    @cached_property
+    def initial(self) -> initialize.Initial:
+        return initialize.obtain(self.recipe, self.real, self.observers, self.kept)
+
+    def moments(self, recipe: Recipe) -> moments.Moments:
+        """Moments with the targets of `recipe`: the run's, or one with other targets of the same moments."""
+        return moments.obtain(recipe, self.real, self.observers, self.kept)
+
+    def bench(self, student: str | None, epochs: int | None) -> tuple[Bench, str]:
+        """A comparison of one student on the set alone, and its name.
+
+        It is judged on the hold-out, or on the test split where the run kept none out. `student`: one of the set's
+        protocol, or any architecture; the protocol's first when None. `epochs`: the protocol's when None.
+        """
+        known = {student_name(entry): entry for entry in self.recipe.evaluation.students}
+        name = student or next(iter(known))
+        entry = known.get(name, name)
+        evaluation: dict[str, Any] = {"students": [entry.model_dump() if isinstance(entry, Student) else entry]}
+        if epochs:
+            evaluation["epochs"] = epochs
+        split = "holdout" if self.recipe.source.holdout else "test"
+        asked = {"dataset": [str(self.run)], "split": split, "seeds": [0], "controls": [], "evaluation": evaluation}
+        parsed = comparison.resolve(asked)
+        session = replace(self.session, dtype=getattr(torch, parsed.comparison.precision))
+        bench = Bench(parsed.comparison, parsed.sets, session, self.run)
+        bench.check()
+        return bench, name
+
+    def trained(self, student: str | None, epochs: int | None, otherwise: int) -> tuple[Bench, str]:
+        """The same for a student that is trained: `epochs`, or all of the protocol where `evaluate` has done so, or
+        else at most `otherwise`."""
+        bench, name = self.bench(student, epochs)
+        whole = bench.sections[name].epochs
+        there = self.session.store.has(bench.unit(Trial("set", name, 0, 0, 0, self.condensed)))
+        return (bench, name) if epochs or there or whole <= otherwise else self.bench(student, otherwise)

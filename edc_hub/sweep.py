@@ -1,0 +1,167 @@
+"""A table of overrides x seeds: every cell condensed and evaluated, what cells share made once.
+
+    accelerate launch -m edc_hub.sweep recipes/sweeps/table5.yaml [--seeds 0,1,2 --split holdout --section.key value …]
+
+A cell is `condense` for each set seed and `evaluate` of these sets, by the functions of those commands and in their
+folders, so the same command again goes on where it was. The tables are written after every cell.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import cells, launch, methods
+from .cells import Cell, Parsed
+from .errors import InputError, OtherStopped
+from .recipe import Recipe
+
+
+if TYPE_CHECKING:  # torch is imported once the sweep is known to be right
+    from torch.distributed import ProcessGroup
+
+    from .realset import RealSet
+    from .work import Session
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status (0, 1, 2)."""
+    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
+
+
+def command(argv: list[str]) -> None:
+    """Parses, then prints the plan, or does the sweep."""
+    parsed = cells.parse(argv)
+    if parsed.dry_run:
+        from . import sweep_plan
+
+        print(sweep_plan.show(parsed))
+        return
+    for cell in parsed.cells:
+        with cells.naming(cell.place):
+            for run in cell.runs:
+                methods.find(run.method)
+                launch.refuse_what_is_not_ours(launch.run_folder(run))
+                launch.refuse_another_recipe(run, launch.run_folder(run) / "dataset" / "recipe.yaml")
+    first = parsed.cells[0].runs[0]
+    with launch.lock(parsed.folder), launch.session(first, launch.artifacts(first)) as session:
+        failed = sweep(parsed, session)
+    if failed:
+        kind = InputError if all(isinstance(error, InputError) for error in failed.values()) else RuntimeError
+        text = "; ".join(f"{place}: {error}" for place, error in failed.items())
+        raise kind(f"{len(failed)} of {len(parsed.cells)} cells failed, the others are in the tables: {text}")
+
+
+def sweep(parsed: Parsed, session: "Session") -> dict[str, Exception]:
+    """Does every cell on every process of the group; returns the errors of those that failed, by `Cell.place`."""
+    import torch
+
+    from . import sweep_table
+
+    open_source = _opener()
+    cells.check(parsed.cells, open_source)
+    several = session.state.num_processes > 1
+    group = torch.distributed.new_group(backend="gloo") if several else None  # apart from the work's own exchange
+    made: dict[Path, Exception | None] = {}  # run folders that this command has seen to
+    failed: dict[str, Exception] = {}
+    if session.state.is_main_process:
+        sweep_table.write(parsed, failed)
+    for number, cell in enumerate(parsed.cells, 1):
+        session.report(f"\ncell {number} of {len(parsed.cells)}: {cell.place}")
+        try:
+            for run in cell.runs:
+                _condense(run, made, open_source, session)
+            _evaluate(parsed, cell, session)
+        except OtherStopped:
+            raise
+        except Exception as error:
+            _all_failed(error, group)
+            if session.state.is_main_process and not isinstance(error, InputError):
+                traceback.print_exc()
+            session.report(f"{cell.place} failed: {error}")
+            failed[cell.place] = error.with_traceback(None)  # whose frames hold tensors
+        if session.state.is_main_process:
+            sweep_table.write(parsed, failed)
+    if session.state.is_main_process:
+        print(sweep_table.text(parsed, failed), flush=True)  # a launcher may end this process before it does
+        session.report(f"table.csv, table.md and table.png in {parsed.folder}")
+    session.wait()
+    return failed
+
+
+def _opener() -> "Callable[[Recipe], RealSet]":
+    """Opens a recipe's source; the last one stays, with what it has decoded."""
+    from . import source
+
+    last: dict[str, RealSet] = {}
+
+    def open_source(recipe: Recipe) -> "RealSet":
+        key = recipe.source.model_dump_json()
+        if key not in last:
+            last.clear()
+            last[key] = source.load(recipe.source)
+        return last[key]
+
+    return open_source
+
+
+def _condense(
+    run: Recipe, made: dict[Path, Exception | None], open_source: "Callable[[Recipe], RealSet]", session: "Session"
+) -> None:
+    """Makes the set of a run, or fails as it did in an earlier cell."""
+    from . import condense
+
+    folder = launch.run_folder(run)
+    if folder not in made:
+        try:
+            with launch.lock(folder):
+                condense.condense(run, folder, _of(session, run.precision), open_source(run))
+            made[folder] = None
+        except Exception as error:
+            made[folder] = error
+            raise
+    if made[folder] is not None:
+        raise made[folder]
+
+
+def _evaluate(parsed: Parsed, cell: Cell, session: "Session") -> None:
+    """Trains the students of a cell's sets; its results go into the cell's folder and nowhere else."""
+    from . import comparison, evaluate, record
+
+    given: dict[str, Any] = {name: getattr(parsed.sweep, name) for name in ("split", "seeds", "controls")}
+    given |= {name: getattr(cell.recipe, name) for name in ("device", "threads", "checkpoint_seconds")}
+    given |= {"dataset": [run.output_dir for run in cell.runs], "evaluation": cell.recipe.evaluation.model_dump()}
+    asked = comparison.resolve(given)
+    found, done, _ = evaluate.measure(asked, cell.folder, _of(session, asked.comparison.precision))
+    if session.state.is_main_process:
+        record.write(found, done, cell.folder)
+    session.wait()
+
+
+def _of(session: "Session", precision: str) -> "Session":
+    import torch
+
+    return replace(session, dtype=getattr(torch, precision))
+
+
+def _all_failed(error: Exception, group: "ProcessGroup | None") -> None:
+    """Returns where every process stopped at this cell, so that all go on with the next; raises `error` elsewhere.
+
+    What is wrong with a recipe stops all of them at one place. A process that stopped alone leaves the others in the
+    middle of the cell, and then only the same command again helps.
+    """
+    import torch
+
+    if group is None:
+        return
+    try:
+        torch.distributed.monitored_barrier(group, timeout=timedelta(minutes=1))
+    except RuntimeError:
+        raise error from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
