@@ -51,7 +51,7 @@ def command(argv: list[str]) -> None:
 def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> Path:
     """Does the whole job on every process of the group, with the source opened where it is not given; returns the
     dataset folder."""
-    from . import initialize, labels, moments, observers, pictures, source, synthesize, work
+    from . import initialize, labels, moments, observers, pictures, source, synthesize
 
     clock, function = pictures.Clock(session), methods.find(recipe.method)
     with clock("source"):
@@ -59,9 +59,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
         real.preload()
-    if session.state.is_main_process:
-        work.sweep(launch.artifacts(recipe))
-        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+    launch.begin(recipe, folder, session)
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     with clock("moments"):

@@ -132,6 +132,15 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
         pushing.after(recipe, dataset)
 
 
+def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
+    """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts."""
+    from . import work
+
+    if running.state.is_main_process:
+        work.sweep(artifacts(recipe))
+        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+
+
 @contextmanager
 def session(recipe: Recipe, store_root: Path) -> Iterator:
     """Device, threads and process group as the recipe asks; yields a `work.Session`.

@@ -51,7 +51,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     """Labels the images, and random real ones as controls, on every process of the group; returns the dataset."""
     import torch
 
-    from . import observers, pictures, work
+    from . import observers, pictures
     from .initialize import Initial
 
     clock = pictures.Clock(session)
@@ -60,9 +60,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
         launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
         _refuse_other_images(folder / "dataset" / "manifest.json", foreign)
         real.preload()
-    if session.state.is_main_process:
-        work.sweep(launch.artifacts(recipe))
-        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+    launch.begin(recipe, folder, session)
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     unknown = Initial(foreign.images, torch.full((len(foreign.images), 1), -1, dtype=torch.int32), "")
