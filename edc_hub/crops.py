@@ -49,16 +49,17 @@ class Crop:
 
 
 class Mix:
-    """MixUp or CutOut of a block's views, drawn anew each step; with `mix: none` nothing is drawn or changed.
+    """MixUp, CutMix or CutOut of a block's views, drawn anew each step; with `mix: none` nothing is drawn or changed.
 
-    mixup: each view with another's of the block, one share for all, from Beta(mix_alpha, mix_alpha). cutout: a square
-    hole that all views share, its side half of the view's (DeVries and Taylor's 16 px of 32), about a uniform pixel
-    and clipped; `fill` (1, 3, 1, 1) is its colour, the 0 of the normalised space.
+    mixup: each view with another's of the block, one share for all, from Beta(mix_alpha, mix_alpha). cutmix: a square
+    of the other's, its area that share's rest, as far as it lies inside. cutout: a hole, its side half of the view's
+    (DeVries and Taylor's 16 px of 32), in the colour `fill` (1, 3, 1, 1), the 0 of the normalised space. Squares lie
+    about a uniform pixel, are clipped, and all views share them.
     """
 
     def __init__(self, section: Synthesize, count: int, size: int, fill: Tensor, generator: torch.Generator):
         self.partner, self.share, self.hole, self.fill = None, 1.0, None, fill
-        if section.mix == "mixup":
+        if section.mix in ("mixup", "cutmix"):
             order = torch.randperm(count, generator=generator)
             self.partner = torch.empty_like(order)
             self.partner[order] = order.roll(1)  # one cycle through the block: never itself
@@ -66,23 +67,26 @@ class Mix:
             # torch draws from Beta by the global generator alone
             seed = int(torch.randint(2**62, (), generator=generator))
             self.share = float(np.random.Generator(np.random.PCG64(seed)).beta(section.mix_alpha, section.mix_alpha))
-        elif section.mix == "cutout":
-            y, x = (torch.rand(2, generator=generator, dtype=torch.float64) * size).int().tolist()
-            self.hole = y - size // 4, y - size // 4 + size // 2, x - size // 4, x - size // 4 + size // 2
+        if section.mix in ("cutmix", "cutout"):
+            side = size // 2 if section.mix == "cutout" else round(size * math.sqrt(1 - self.share))
+            corner = [int(draw) - side // 2 for draw in torch.rand(2, generator=generator, dtype=torch.float64) * size]
+            (top, bottom), (left, right) = ((max(0, at), min(size, at + side)) for at in corner)
+            self.hole = top, bottom, left, right
+        if section.mix == "cutmix":
+            self.share = 1 - (bottom - top) * (right - left) / size**2
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, 3, s, s) in [0, 1] to the same, differentiable."""
-        if self.partner is not None:
-            return self.share * x + (1 - self.share) * x[self.partner]
+        other = self.fill if self.partner is None else x[self.partner]
         if self.hole is None:
-            return x
+            return x if self.partner is None else self.share * x + (1 - self.share) * other
         top, bottom, left, right = self.hole
         place = torch.arange(x.shape[-1], device=x.device)
         down, across = (place >= top) & (place < bottom), (place >= left) & (place < right)
-        return torch.where(down[:, None] & across, self.fill, x)
+        return torch.where(down[:, None] & across, other, x)
 
     def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the block; in a mixup both classes count, by their shares. (B, C) and int64 (B,)."""
+        """The mean over the block; of two mixed views both classes count, by their shares. (B, C) and int64 (B,)."""
         loss = F.cross_entropy(logits, labels)
         if self.partner is None:
             return loss

@@ -190,8 +190,10 @@ class Synthesize(Section):
     sizes: list[Positive] | None = Field(
         None, description="sides in pixels of the view, in turn (FADRM: two); source.size when not given"
     )
-    mix: Literal["none", "mixup", "cutout"] = Field("none", description="how a step's view of the block is mixed")
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of mixup")
+    mix: Literal["none", "mixup", "cutmix", "cutout"] = Field(
+        "none", description="how a step's view of the block is mixed"
+    )
+    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
     pick: Literal["turn", "random", "accuracy"] = Field(
         "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy (CV-DD)"
     )

@@ -167,13 +167,13 @@ def _levers(recipe: Recipe) -> Iterator[str]:
         yield "synthesize.sizes: an empty list; name sides of the view, or write null for source.size"
     if section.sizes and section.jitter >= min(section.sizes):
         yield f"synthesize.jitter: {section.jitter} px rolls past a view of {min(section.sizes)} px; write less"
-    if section.mix == "mixup":
+    if section.mix in ("mixup", "cutmix"):
         if section.block == 1:
-            yield "synthesize.mix: mixup mixes two images of a block, and synthesize.block is 1; write 2 or more"
+            yield f"synthesize.mix: {section.mix} mixes two images of a block, and block is 1; write 2 or more"
         if section.class_scope == "per_class" and section.alpha < 1:
-            yield "synthesize.mix: a mixup is of no one class, and class_scope is per_class; write mixture there"
+            yield f"synthesize.mix: a {section.mix} is of no one class; write mixture for class_scope per_class"
         if section.densification.weight:
-            yield "synthesize.mix: a mixup is of no one class, as densification needs; write densification.weight: 0"
+            yield f"synthesize.mix: a {section.mix} is of no one class; write densification.weight: 0"
     observers = len(selected(recipe, section.observers))
     if section.together > observers:
         yield f"synthesize.together: {section.together} observers a step, and there are {observers}; write {observers}"

@@ -66,6 +66,7 @@ SYNTHESIS = {
     "squared norm": ["--synthesize.l2", "0.1"],
     "two sizes": ["--synthesize.sizes", "[8, 6]"],
     "mixup of images": ["--synthesize.mix", "mixup"],
+    "cutmix of images": ["--synthesize.mix", "cutmix"],
     "cutout": ["--synthesize.mix", "cutout"],
     "drawn observers": ["--synthesize.pick", "random"],
     "accurate observers": ["--synthesize.pick", "accuracy"],

@@ -320,6 +320,25 @@ def test_both_classes_of_a_mixup_enter_cross_entropy_by_their_shares():
     torch.testing.assert_close(mix.cross_entropy(logits, labels).double(), expected / 4)
 
 
+def test_a_cutmix_is_a_square_of_another_image_and_the_classes_share_by_area():
+    section, x, shares = Synthesize(mix="cutmix"), torch.rand(5, 3, 8, 8, generator=drawing()), []
+    logits, labels, generator = torch.randn(5, 7, generator=drawing(2)), torch.arange(5), drawing(1)
+    for _ in range(300):
+        mix = crops.Mix(section, 5, 8, FILL, generator)
+        top, bottom, left, right = mix.hole
+        expected = x.clone()
+        for own, other in enumerate(mix.partner.tolist()):
+            expected[own, :, top:bottom, left:right] = x[other, :, top:bottom, left:right]
+        found = mix(x)
+        assert torch.equal(found, expected)
+        of_other = (found != x).any(1).double().mean((1, 2))
+        assert of_other.tolist() == pytest.approx([1 - mix.share] * 5)
+        shares.append(mix.share)
+    assert min(shares) < 0.2 and max(shares) == 1  # a large square, and one of no pixel
+    both = [F.cross_entropy(logits, classes) for classes in (labels, labels[mix.partner])]
+    torch.testing.assert_close(mix.cross_entropy(logits, labels), mix.share * both[0] + (1 - mix.share) * both[1])
+
+
 def test_statistics_of_a_mixed_view_are_compared_with_the_blocks_targets(session):
     made = recipe(mix="mixup", weight=0.5, ema=0.0)
     (observed,) = real_observers(made, session, [network("batch")])
@@ -338,19 +357,19 @@ def test_a_cutout_is_a_square_of_half_the_side_in_the_sources_mean():
     for _ in range(300):
         mix = crops.Mix(section, 2, 8, FILL, generator)
         top, bottom, left, right = mix.hole
-        assert bottom - top == right - left == 4 and -2 <= top <= 5 and -2 <= left <= 5
+        assert 0 <= top < bottom <= 8 and 0 <= left < right <= 8 and max(bottom - top, right - left) <= 4
         expected = x.clone()
         for row in range(8):
             for column in range(8):
                 if top <= row < bottom and left <= column < right:
                     expected[:, :, row, column] = FILL[:, :, 0, 0]
         assert torch.equal(mix(x), expected)
-        corners.add((top, left))
+        corners.add(mix.hole)
     assert len(corners) > 50  # of 64
     torch.testing.assert_close(mix.cross_entropy(x[:, 0, 0], LABELS[:2]), F.cross_entropy(x[:, 0, 0], LABELS[:2]))
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutout"])
+@pytest.mark.parametrize("mix", ["mixup", "cutmix", "cutout"])
 def test_the_average_is_mixed_as_the_images_are(session, tmp_path, mix):
     """With an average that is the images themselves, flatness is nothing whatever the view."""
     made = recipe(
@@ -431,7 +450,8 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
         ({"sizes": [8, 4], "jitter": 4}, "synthesize.jitter: 4 px rolls past a view of 4 px; write less"),
         ({"sizes": []}, "synthesize.sizes: an empty list; .* write null for source.size"),
         ({"mix": "mixup", "block": 1}, "synthesize.mix: mixup mixes two images of a block"),
-        ({"mix": "mixup", "class_scope": "per_class"}, "synthesize.mix: .* class_scope is per_class; write mixture"),
+        ({"mix": "cutmix", "block": 1}, "synthesize.mix: cutmix mixes two images of a block"),
+        ({"mix": "mixup", "class_scope": "per_class"}, "synthesize.mix: .* write mixture for class_scope per_class"),
         ({"mix": "mixup", "densification": {"weight": 1.0}}, "synthesize.mix: .* write densification.weight: 0"),
         ({"together": 3}, "synthesize.together: 3 observers a step, and there are 2; write 2"),
         ({"residual": {"every": 10}}, "synthesize.residual.every: 10 steps, and after the last of 10 .* 0 for never"),
