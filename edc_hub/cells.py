@@ -129,7 +129,9 @@ def _model(content: dict[str, Any]) -> Sweep:
     published.check(sweep.paper, sweep.rows, sweep.columns)
     for row in sweep.only or []:
         if row not in sweep.rows:
-            raise InputError(f"only: no row '{row}'; there are: {', '.join(sweep.rows)}")
+            listed = [label for label in sweep.rows if "," in label][:1]
+            more = f"; a label with a comma stands in a list: write --only '{json.dumps(listed)}'" if listed else ""
+            raise InputError(f"only: no row {row!r}; there are: {', '.join(map(repr, sweep.rows))}{more}")
     if sweep.only is None:
         return sweep
     return sweep.model_copy(update={"rows": {name: part for name, part in sweep.rows.items() if name in sweep.only}})
@@ -186,7 +188,10 @@ def _run(base: dict[str, Any], made: dict[str, Any], overrides: dict[str, Any], 
     except InputError:  # a set that asks for a way to be evaluated, as relabel.codec observers does
         recipe = recipes.resolve(base, {**overrides, "seed": seed})
     name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{seed}")
-    return recipe.model_copy(update={"output_dir": str(root / f"{name}-{_mark(recipes.published(recipe))}")})
+    # with local paths as they are: two sources in folders of one name are two runs
+    decides = recipe.model_dump(mode="json", exclude=_ELSEWHERE.keys() - {"seed"})
+    mark = _mark(json.dumps(decides, sort_keys=True))
+    return recipe.model_copy(update={"output_dir": str(root / f"{name}-{mark}")})
 
 
 def _mark(text: str) -> str:
@@ -197,11 +202,17 @@ def _plain(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label).strip("-")
 
 
-def leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(given: dict[str, Any], section: type[Section] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """What overrides set, by dotted key. As where they are laid over each other, a value that is no section, as the
+    keys and values of evaluation.per_student, is one whole."""
     found: dict[str, Any] = {}
-    for key, value in section.items():
-        inner = isinstance(value, dict) and value
-        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    for key, value in given.items():
+        field = section.model_fields.get(key)
+        inner = field.annotation if field and isinstance(field.annotation, type) else None
+        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
+            found |= leaves(value or {}, inner, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
     return found
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is imported once the keys are known to be right
 _FLAGS = {"print_recipe": "print the resolved recipe and what its rows are called"}
 _SHIPPED = recipes.ROOT / "evaluation"
 _ONE_TEACHER = ("rded", "sre2l", "cda", "rd3")  # protocols whose labels are those of one trained ResNet-18
-_MADE = ("name", "method", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # decide what a set is
+_MADE = ("name", "method", "options", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # the set
 _OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure need not share
 
 
@@ -151,7 +151,8 @@ def _differing(one: dict[str, Any], other: dict[str, Any], sections: tuple[str, 
         if not isinstance(ours[name], dict):
             found += [name] * (ours[name] != theirs[name])
             continue
-        changed = [key for key in ours[name] if key not in _OWN and ours[name][key] != theirs[name][key]]
+        names = [key for key in ours[name] | theirs[name] if key not in _OWN]  # of options, any
+        changed = [key for key in names if ours[name].get(key) != theirs[name].get(key)]
         found += [f"{name}.{key}" for key in changed]
     return found
 

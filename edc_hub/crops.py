@@ -25,13 +25,15 @@ def smallest_area(section: Synthesize, step: int) -> float:
 class Crop:
     """One RandomResizedCrop, flip and roll, shared by the whole block, drawn anew each step.
 
-    `size` is the side of the images. That of the view is the same, or the step's turn of `section.sizes`.
+    `size` is the side of the images. That of the view is the same, or one of `section.sizes`: the next after each
+    merge, else after each round of the `among` observers, so that every one of them sees every side.
     """
 
-    def __init__(self, size: int, section: Synthesize, generator: torch.Generator, step: int = 0):
+    def __init__(self, size: int, section: Synthesize, generator: torch.Generator, step: int = 0, among: int = 1):
         draws = torch.rand(pixels.CROP_DRAWS + 2, generator=generator, dtype=torch.float64).numpy()
         area = smallest_area(section, step), section.crop_area[1]
-        self.size = section.sizes[step % len(section.sizes)] if section.sizes else size
+        turn = step // section.residual.every if section.residual.every else step * section.together // among
+        self.size = section.sizes[turn % len(section.sizes)] if section.sizes else size
         self.box = pixels.crop_box(size, size, draws, area, (3 / 4, 4 / 3))
         self.flip = section.flip and draws[22] < 0.5
         roll = [int(draw * (2 * section.jitter + 1)) - section.jitter for draw in draws[pixels.CROP_DRAWS :]]

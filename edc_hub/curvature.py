@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from . import synthesize, work
+from . import encoding, synthesize, work
 from .initialize import Initial
 from .moments import Moments
 from .objective import Observed, Space
@@ -168,7 +168,8 @@ def along_synthesis(
     nowhere = Progress(session.store.root / "diagnosis" / "never", math.inf)  # nothing is saved
     with bar:
         z, _ = synthesize.optimise(initial.images[ids], labels, observed, recipe, session, generator, nowhere, watch)
-    apart = Space(recipe.source, session.device).to_bytes(z).float() - condensed.images[ids].float()
+    files = encoding.encode(Space(recipe.source, session.device).to_bytes(z), recipe.images)
+    apart = encoding.decode(files).float() - condensed.images[ids].float()
     return {
         "block": {"images": len(ids), "values": z.numel(), "iterations": section.iterations},
         "samples": samples,

@@ -55,7 +55,7 @@ def cosines(learner: students.Learner, batches: Iterator[Batch], whole: Tensor) 
 
 def fitting(sizes: list[int], condensed: CondensedSet) -> list[int]:
     """The sizes of batches that are less than the set, ascending. Raises InputError where it has too few images."""
-    count = len(condensed.of_pictures(condensed.labels))
+    count = len(condensed.labels)
     fit = sorted({size for size in sizes if 2 <= size < count})  # of one image BatchNorm has no statistics
     if not fit:
         raise InputError(f"batches: {sizes}, and the set has {count} images; write sizes from 2 to {count - 1}")
@@ -65,18 +65,15 @@ def fitting(sizes: list[int], condensed: CondensedSet) -> list[int]:
 def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[str, Any]:
     """Cosine of a batch's gradient to that of the whole set, by the batch's size, before and after `steps` steps.
 
-    The set are the stored views of one label epoch, one of each picture, with the loss and labels of the student's
+    The set are the stored views of one label epoch, one of each image, with the loss and labels of the student's
     protocol; batches are drawn from them, BATCHES of each size. BatchNorm uses the statistics of what it is shown, as
-    in training: the batch's, and for the whole set those of at most WHOLE_PIXELS. Each size has mean and sample std
-    over its batches. Raises InputError for a set no larger than the smallest batch.
+    in training: the batch's, and for the whole set those of at most WHOLE_PIXELS. Each of `sizes` (`fitting`) has mean
+    and sample std over its batches.
     """
     section, session, condensed = bench.sections[student], bench.session, bench.sets[0]
-    count, hard = len(condensed.of_pictures(condensed.labels)), section.labels == "hard"
-    asked = sorted({size for size in sizes if 2 <= size < count})
-    if not asked:
-        raise InputError(f"batches: the set has {count} images, and a batch is 2 to {count - 1} of them, got {sizes}")
+    count, hard = len(condensed.labels), section.labels == "hard"
     view_size = condensed.manifest["soft_labels"]["view_size"]
-    learner = students.Learner(bench.network(student, _seed(student)), section, session)
+    learner = students.Learner(bench.network(student, students.first_weights(student, 0)), section, session)
 
     def fed(size: int) -> Stored:
         return Stored(condensed, size, session.device, seed=0, hard=hard)
@@ -118,11 +115,6 @@ def _lessons(feed: Stored) -> Iterator[Batch]:
     while True:
         yield from feed.epoch(epoch, work.generator(0, "diagnosis", f"epoch {epoch}"))
         epoch += 1
-
-
-def _seed(student: str) -> int:
-    """Of the weights that a student begins with; those of the student that `evaluate` trains with seed 0."""
-    return int(torch.randint(2**48, (), generator=work.generator(0, students.STAGE, student)))
 
 
 # Moments
@@ -216,7 +208,7 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
     images, classes = condensed.pictures.to(session.device), condensed.of_pictures(condensed.labels)
     roles = observers_of(recipe)
     networks = {entry: watching.load(*entry) for entry in roles}
-    epochs = min(condensed.epochs, math.ceil(VIEWS / len(classes)))
+    epochs = min(condensed.epochs, math.ceil(VIEWS / len(condensed.labels)))
     rights: dict[Any, list[Tensor]] = {}
     for number in range(epochs):
         table, soft = condensed.labelled(start := number * condensed.epochs // epochs, start + 1)

@@ -1,4 +1,4 @@
-"""The exception a user can cause, and the one another process can."""
+"""The exception a user can cause, and those that another process can."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,14 @@ class InputError(ValueError):
     The message is one line: the key or file, what is wrong with it, and what to write instead. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+class OtherFailed(RuntimeError):
+    """Another process of this run has failed while this one waited for it, and goes on with the next piece of work."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error  # what failed there: an InputError, or a RuntimeError with the text of anything else
 
 
 class OtherStopped(RuntimeError):

@@ -124,13 +124,16 @@ class Drawn:
         teach: Teach | None,
         fixed: int | None = None,
         grid: int = 1,
+        full: bool = False,
     ):
-        """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are."""
+        """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are; full:
+        a last batch of fewer views is left out, as `teach` needs the statistics of whole ones."""
         self._images, self._labels = images.to(device), labels.to(device)
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]
         self._grid, self.count = grid, len(images) // grid**2
-        self.steps = fixed or steps(self.count, batch)
+        self._kept = self.count // batch * batch if full and self.count > batch else self.count
+        self.steps = fixed or steps(self._kept, batch)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, draws order and views."""
@@ -138,7 +141,7 @@ class Drawn:
             order = self._stream(number * self._fixed * self._batch, self._fixed * self._batch)
         else:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
-            order = _full(order, self._batch)
+            order = _full(order[: self._kept], self._batch)
         for rows in order.split(views_at_once(self._size, self._batch)):
             tables = [self._draw(ids, generator) for ids in rows.split(self._batch)]  # a batch is what is mixed
             joined = _joined(tables)

@@ -1,6 +1,5 @@
 """A finished run read back: its recipe, its set, and the artefacts it was made from, found again and never remade."""
 
-import platform
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import comparison, documents, initialize, moments, observers, pictures, recipes, source
+from . import comparison, documents, initialize, launch, moments, observers, pictures, recipes, source
 from .condensed import CondensedSet
 from .errors import InputError
 from .protocol import Student, student_name
@@ -64,10 +63,10 @@ class Finished:
     @property
     def about(self) -> dict[str, Any]:
         """Which set this is, and where it is looked at."""
-        made, gpu = self.condensed.manifest, self.session.device.type == "cuda"
+        made = self.condensed.manifest
         return {
             "set": {key: made[key] for key in ("name", "method", "ipc", "seed", "fingerprint")},
-            "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+            "device": launch.device_name(self.session),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -121,6 +120,8 @@ class Finished:
         parsed = comparison.resolve(asked)
         session = replace(self.session, dtype=getattr(torch, parsed.comparison.precision))
         bench = Bench(parsed.comparison, parsed.sets, session, self.run)
+        if parsed.comparison.evaluation.labels == "online" and not parsed.comparison.evaluation.teachers:
+            _ = self.observers  # that label: refused where they are not there, as none is trained
         bench.check()
         return bench, name
 

@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import platform
 import sys
 import time
 import traceback
@@ -86,12 +87,19 @@ def refuse_what_is_not_ours(folder: Path) -> None:
         raise InputError(f"output_dir: {others[0]} is not of a run and would be replaced; choose another output_dir")
 
 
-def refuse_another_recipe(recipe: Recipe, path: Path) -> None:
-    """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ."""
+def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -> None:
+    """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ.
+
+    `path` is the recipe that the set carries, without the folders of local files; `run`, where given, that of its run
+    folder, which has them.
+    """
     if not path.is_file():
         return
     theirs, ours = _flat(recipes.load(path)), _flat(documents.read(recipes.published(recipe), "recipe"))
     changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    if run and run.is_file():
+        theirs, whole = _flat(recipes.load(run)), _flat(documents.read(recipes.dump(recipe), "recipe"))
+        changed += [key for key in sorted(ours) if key not in changed and theirs.get(key) != whole.get(key)]
     if changed:
         more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
         raise InputError(
@@ -174,6 +182,14 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     )
     # not after an error: others may be in a barrier, to be ended by the launcher, and NCCL would wait for them here
     state.destroy_process_group()
+
+
+def device_name(running: "Session") -> str:
+    """What a session works on: the GPU's name, or the processor's."""
+    import torch
+
+    gpu = running.device.type == "cuda"
+    return torch.cuda.get_device_name(running.device) if gpu else platform.processor() or platform.machine()
 
 
 def keep_freed_memory() -> None:

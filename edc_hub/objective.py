@@ -162,7 +162,7 @@ def step_loss(
     `average` (B, 3, s, s) is X_EMA, with this step's images in it. It and z are canvases of grid x grid pictures, and
     these are looked at; `labels` (B * grid^2,) are theirs.
     """
-    crop = Crop(average.shape[-1], section, generator, step)
+    crop = Crop(average.shape[-1], section, generator, step, len(observed))
     chosen = pick(observed, section, step, generator)
     mix = Mix(section, len(labels), crop.size, space.mean, generator)
 
@@ -174,14 +174,14 @@ def step_loss(
 
     def loss(z: Tensor, keep: bool = False) -> Tensor:
         generator.set_state(draws)
-        z = canvas.decode(z, grid)
-        x = view(z)
+        x = view(canvas.decode(z, grid))
         losses = [one.loss(x, averaged, labels, section, generator, mix=mix, keep=keep) for one in chosen]
         total = sum(losses) / len(losses)
+        seen = space.normalise(x)
         if section.tv:
-            total = total + section.tv * matching.total_variation(z)
+            total = total + section.tv * matching.total_variation(seen)
         if section.l2:
-            total = total + section.l2 * matching.squared_norm(z)
+            total = total + section.l2 * matching.mean_norm(seen)
         return total
 
     return loss

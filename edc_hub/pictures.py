@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from . import launch
 from .recipe import Recipe
 
 
@@ -115,12 +116,12 @@ def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session")
 
     from . import work
 
-    gpu = torch.cuda.is_available() and session.device.type == "cuda"
+    gpu = session.device.type == "cuda"
     facts = {
         "seconds": clock.seconds,
         "processes": session.state.num_processes,
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine(),
+        "device": launch.device_name(session),
         "cores": os.cpu_count(),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
         "peak_gpu_memory_gb": round(torch.cuda.max_memory_allocated() / 2**30, 2) if gpu else 0.0,

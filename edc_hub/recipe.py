@@ -188,16 +188,16 @@ class Synthesize(Section):
     l2: Rate = Field(0.0, description="weight of the squared norm of an image (SRe2L; published as 0)")
     curriculum: Curriculum = Field(Curriculum(), description="crop curriculum")
     sizes: list[Positive] | None = Field(
-        None, description="sides in pixels of the view, in turn (FADRM: two); source.size when not given"
+        None, description="sides in pixels of the view: the next after each merge, else each round of observers"
     )
     mix: Literal["none", "mixup", "cutmix", "cutout"] = Field(
         "none", description="how a step's view of the block is mixed"
     )
     mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
     pick: Literal["turn", "random", "accuracy"] = Field(
-        "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy (CV-DD)"
+        "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy"
     )
-    together: Positive = Field(1, description="distinct observers a step, their losses averaged (CV-DD: 2 of 5)")
+    together: Positive = Field(1, description="distinct observers a step, their losses averaged")
     residual: Residual = Field(Residual(), description="merge with the initial images")
 
 

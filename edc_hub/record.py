@@ -98,10 +98,11 @@ def own_folder(condensed: "CondensedSet") -> Path | None:
 
 
 def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
-    """Whether results go into a dataset folder: not in the place of another protocol's, nor of more students'."""
+    """Whether results go into a dataset folder: not in the place of another protocol's, as those of
+    `rd3 (epochs 5)` are not `rd3`'s, nor of more students'."""
     try:
         old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        protocols = [results["about"]["evaluation"]["protocol"] for results in (old, found)]
+        protocols = [results["about"]["protocol"] for results in (old, found)]
         more = [
             f"{student}, {row}"
             for student, own in old["students"].items()

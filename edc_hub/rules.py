@@ -168,7 +168,7 @@ def _levers(recipe: Recipe) -> Iterator[str]:
     if section.sizes and section.jitter >= min(section.sizes):
         yield f"synthesize.jitter: {section.jitter} px rolls past a view of {min(section.sizes)} px; write less"
     if section.mix in ("mixup", "cutmix"):
-        if section.block == 1:
+        if section.block * recipe.images.grid**2 == 1:
             yield f"synthesize.mix: {section.mix} mixes two images of a block, and block is 1; write 2 or more"
         if section.class_scope == "per_class" and section.alpha < 1:
             yield f"synthesize.mix: a {section.mix} is of no one class; write mixture for class_scope per_class"
@@ -218,6 +218,11 @@ def _images(recipe: Recipe) -> Iterator[str]:
         yield f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of source.size, or 1"
     if grid > 1 and factor > 1:
         yield f"initialize.factor: {factor}, and images.grid {grid} has its own tiles; write 1 for one of the two"
+    if recipe.relabel.codec != "observers" and recipe.relabel.epochs < grid**2:
+        yield (
+            f"relabel.epochs: {recipe.relabel.epochs}, and an epoch shows one of the {grid**2} pictures of an image "
+            f"(images.grid); write {grid**2} or more"
+        )
 
 
 def _hub(recipe: Recipe) -> Iterator[str]:

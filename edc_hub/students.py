@@ -105,6 +105,11 @@ def optimizer_of(section: Evaluation, module: nn.Module) -> torch.optim.Optimize
     return kind(groups, section.lr, fused=True)
 
 
+def first_weights(student: str, seed: int) -> int:
+    """The seed of the weights that a student begins with."""
+    return int(torch.randint(2**48, (), generator=generator(seed, STAGE, student)))
+
+
 def train(
     network: Network,
     feed: Stored | Drawn,

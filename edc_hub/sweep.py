@@ -10,19 +10,16 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import cells, launch, methods
 from .cells import Cell, Parsed
-from .errors import InputError, OtherStopped
+from .errors import InputError, OtherFailed, OtherStopped
 from .recipe import Recipe
 
 
 if TYPE_CHECKING:  # torch is imported once the sweep is known to be right
-    from torch.distributed import ProcessGroup
-
     from .realset import RealSet
     from .work import Session
 
@@ -44,8 +41,9 @@ def command(argv: list[str]) -> None:
         with cells.naming(cell.place):
             for run in cell.runs:
                 methods.find(run.method)
-                launch.refuse_what_is_not_ours(launch.run_folder(run))
-                launch.refuse_another_recipe(run, launch.run_folder(run) / "dataset" / "recipe.yaml")
+                folder = launch.run_folder(run)
+                launch.refuse_what_is_not_ours(folder)
+                launch.refuse_another_recipe(run, folder / "dataset" / "recipe.yaml", folder / "recipe.yaml")
     first = parsed.cells[0].runs[0]
     with launch.lock(parsed.folder), launch.session(first, launch.artifacts(first)) as session:
         failed = sweep(parsed, session)
@@ -57,14 +55,10 @@ def command(argv: list[str]) -> None:
 
 def sweep(parsed: Parsed, session: "Session") -> dict[str, Exception]:
     """Does every cell on every process of the group; returns the errors of those that failed, by `Cell.place`."""
-    import torch
-
     from . import sweep_table
 
     open_source = _opener()
     cells.check(parsed.cells, open_source)
-    several = session.state.num_processes > 1
-    group = torch.distributed.new_group(backend="gloo") if several else None  # apart from the work's own exchange
     made: dict[Path, Exception | None] = {}  # run folders that this command has seen to
     failed: dict[str, Exception] = {}
     if session.state.is_main_process:
@@ -78,11 +72,8 @@ def sweep(parsed: Parsed, session: "Session") -> dict[str, Exception]:
         except OtherStopped:
             raise
         except Exception as error:
-            _all_failed(error, group)
-            if session.state.is_main_process and not isinstance(error, InputError):
-                traceback.print_exc()
+            failed[cell.place] = _of_all(error, session)
             session.report(f"{cell.place} failed: {error}")
-            failed[cell.place] = error.with_traceback(None)  # whose frames hold tensors
         if session.state.is_main_process:
             sweep_table.write(parsed, failed)
     if session.state.is_main_process:
@@ -121,7 +112,7 @@ def _condense(
                 condense.condense(run, folder, _of(session, run.precision), open_source(run))
             made[folder] = None
         except Exception as error:
-            made[folder] = error
+            made[folder] = error.error if isinstance(error, OtherFailed) else error
             raise
     if made[folder] is not None:
         raise made[folder]
@@ -147,20 +138,17 @@ def _of(session: "Session", precision: str) -> "Session":
     return replace(session, dtype=getattr(torch, precision))
 
 
-def _all_failed(error: Exception, group: "ProcessGroup | None") -> None:
-    """Returns where every process stopped at this cell, so that all go on with the next; raises `error` elsewhere.
+def _of_all(error: Exception, session: "Session") -> Exception:
+    """Tells the other processes of `error`, which stops them at their next wait; returns what is wrong with the cell.
 
-    What is wrong with a recipe stops all of them at one place. A process that stopped alone leaves the others in the
-    middle of the cell, and then only the same command again helps.
+    So all of them are here, and go on with the next cell together.
     """
-    import torch
-
-    if group is None:
-        return
-    try:
-        torch.distributed.monitored_barrier(group, timeout=timedelta(minutes=1))
-    except RuntimeError:
-        raise error from None
+    if isinstance(error, OtherFailed):
+        return error.error
+    if not isinstance(error, InputError):
+        traceback.print_exc()
+    session.wait(failed=error)
+    return error.with_traceback(None)  # whose frames hold tensors
 
 
 if __name__ == "__main__":

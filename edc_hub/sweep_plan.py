@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from . import cells, methods
-from .cells import Parsed
-from .protocol import student_name
+from .cells import Cell, Parsed
+from .protocol import of_student, student_name
 from .recipe import Recipe
 
 
@@ -19,8 +19,7 @@ def show(parsed: Parsed) -> str:
         changed = (f"{key} {json.dumps(value)}" for layer in layers for key, value in cells.leaves(layer).items())
         lines.append(f"{cell.place}: {', '.join(changed) or 'as the recipe'}")
         lines += [f"    {Path(run.output_dir).name}" for run in cell.runs]
-    trained = sum(len(cell.recipe.evaluation.students) for cell in parsed.cells)
-    seeds = len(sweep.set_seeds) * len(sweep.seeds)
+    trained = {text for cell in parsed.cells for text in _students(cell)}
     names = dict.fromkeys(student_name(each) for cell in parsed.cells for each in cell.recipe.evaluation.students)
     counts = {
         "cells": len(parsed.cells),
@@ -28,11 +27,19 @@ def show(parsed: Parsed) -> str:
         "observers": len({text for run in runs.values() for text in _shared(run, "observers")}),
         "sets of initial images": len({text for run in runs.values() for text in _shared(run, "initialize")}),
         "sets of images": len({text for run in runs.values() for text in _shared(run, "synthesize")}),
-        "students, controls not counted": trained * seeds,
+        "students, controls not counted": len(trained) * len(sweep.seeds),
     }
     width = max(map(len, counts))
     lines += ["", *(f"{what:<{width}}  {count}" for what, count in counts.items()), f"students: {', '.join(names)}"]
     return "\n".join(lines)
+
+
+def _students(cell: Cell) -> list[str]:
+    """Texts that are equal where two cells have a student of a set in common."""
+    sets, section, shared = [run.output_dir for run in cell.runs], cell.recipe.evaluation, {"protocol", "students"}
+    own = {student_name(each): each if isinstance(each, str) else each.model_dump() for each in section.students}
+    how = {name: of_student(section, name).model_dump(exclude=shared) for name in own}
+    return [json.dumps([place, name, own[name], how[name]]) for place in sets for name in own]
 
 
 def _shared(run: Recipe, stage: str) -> list[str]:

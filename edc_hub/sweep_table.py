@@ -141,14 +141,16 @@ def _facts(parsed: Parsed, every: list[Line], failed: dict[str, Exception]) -> d
         f"{about['test']['images']:,} images of {about['test']['id']}, {about['test']['transform']}"
         for about in abouts
     }
+    draws = ", of row (ii) set seeds x random draws" if "random" in sweep.controls else ""
+    split = "" if sweep.split == "test" else "; the paper's figures are of its test split"
     wheres = dict.fromkeys(line.paper.where for line in every if line.paper)
     waiting = sum(_results(cell) is None for cell in parsed.cells)
     facts = {
         "accuracy": f"top-1 in % of the last epoch, split {sweep.split}{choices}, {shown}; mean ± sample std, in "
-        f"brackets n: set seeds {_listed(sweep.set_seeds)} x student seeds {_listed(sweep.seeds)}",
+        f"brackets n: set seeds {_listed(sweep.set_seeds)} x student seeds {_listed(sweep.seeds)}{draws}",
         "measured on": "; ".join(sorted(tests)),
         "paper": "; ".join(wheres)
-        and f"{'; '.join(wheres)}. Beside a figure the epoch it is of: last, best or unknown",
+        and f"{'; '.join(wheres)}. Beside a figure the epoch it is of: last, best or unknown{split}",
         "hardware": "; ".join(sorted(hardware)),
         "cells": f"{waiting} of {len(parsed.cells)} are missing" if waiting else "",
     }

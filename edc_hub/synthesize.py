@@ -93,10 +93,12 @@ def optimise(
             away = z.detach() + z.grad * (flatness.rho / (z.grad.norm() + 1e-12))
             _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
         adam.step()
+        space.clamp(z)
         if residual.every and done % residual.every == 0 and done < section.iterations:
             with torch.no_grad():
                 z.lerp_(initial, residual.weight)
-        space.clamp(z)
+            average.lerp_(initial, residual.weight)
+            adam.state.clear()  # FADRM begins anew, but for the learning rate
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step]:.3f}")
         progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
@@ -116,7 +118,7 @@ def _slope(loss: Loss, z: Tensor, scale: float, keep: bool) -> tuple[Tensor, Ten
 
 def _saved(step, z, average, adam, losses, observed, generator) -> dict[str, Tensor]:
     tensors = {"step": torch.tensor(step), "z": z, "average": average, "losses": losses}
-    tensors |= {f"adam.{key}": value for key, value in adam.state[z].items()}
+    tensors |= {f"adam.{key}": value for key, value in adam.state.get(z, {}).items()}
     tensors["generator"] = generator.get_state()
     for index, one in enumerate(observed):
         tensors |= {f"{index}.{key}": value for key, value in one.matcher.state().items()}
@@ -131,8 +133,9 @@ def _restore(progress, z, average, adam, losses, observed, generator) -> int:
         z.copy_(saved["z"])
     average.copy_(saved["average"])
     losses.copy_(saved["losses"])
-    adam.state[z] = {key[5:]: value.to(z.device) for key, value in saved.items() if key.startswith("adam.")}
-    adam.state[z]["step"] = saved["adam.step"]  # Adam keeps its count on the CPU
+    if "adam.step" in saved:  # not right after a merge
+        adam.state[z] = {key[5:]: value.to(z.device) for key, value in saved.items() if key.startswith("adam.")}
+        adam.state[z]["step"] = saved["adam.step"]  # Adam keeps its count on the CPU
     generator.set_state(saved["generator"])
     for index, one in enumerate(observed):
         prefix = f"{index}."

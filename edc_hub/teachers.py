@@ -34,10 +34,11 @@ class Teachers:
         if run and not given:  # as it is, so that the run's own observers are found and none is trained
             return recipes.resolve(documents.load(run / "recipe.yaml"))
         recipe = recipes.resolve(self._condensed.recipe)
+        mode = "running" if given else recipe.relabel.observer_mode  # others' networks do not label as the set's did
         changes = {
             "source": self._source,
             "observers": recipe.observers.model_copy(update={"networks": given or self._published(recipe)}),
-            "relabel": recipe.relabel.model_copy(update={"observers": None}),
+            "relabel": recipe.relabel.model_copy(update={"observers": None, "observer_mode": mode}),
             "synthesize": recipe.synthesize.model_copy(update={"iterations": 0}),
             "initialize": recipe.initialize.model_copy(update={"kind": "real"}),
         }
@@ -84,6 +85,11 @@ class Teachers:
     def fingerprints(self) -> list[str]:
         """One for the weights of each network."""
         return [self._observers.fingerprint(name, epoch) for name, epoch in self._chosen]
+
+    @property
+    def of_batches(self) -> bool:
+        """Whether a label depends on the batch that the view is in."""
+        return self._recipe.relabel.observer_mode == "batch"
 
     @property
     def bytes(self) -> int:

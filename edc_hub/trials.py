@@ -4,7 +4,6 @@ A trial is one student on one row of the table with one seed, and one unit of wo
 again by the next comparison that has it, taken up where it was killed.
 """
 
-import platform
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import controls, feed, judged, networks, recipes, source, students, teachers, views, work
+from . import controls, feed, judged, launch, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError
@@ -74,8 +73,7 @@ class Bench:
     @property
     def device(self) -> str:
         """What trains here, by name."""
-        gpu = self.session.device.type == "cuda"
-        return torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+        return launch.device_name(self.session)
 
     @cached_property
     def real(self) -> RealSet:
@@ -184,7 +182,7 @@ class Bench:
             views=views.VERSION,
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
             section=section.model_dump(mode="json", exclude={"protocol", "students", "teachers", "per_student"}),
-            teachers=self.teachers.fingerprints if section.labels == "online" else None,
+            teachers=[*self.teachers.fingerprints, self.teachers.of_batches] if section.labels == "online" else None,
             real=self.real.fingerprint if whole or "budget" in about else None,
             test=[self.judged_on.fingerprint, self.comparison.split],
             curve_points=self.comparison.curve_points,
@@ -214,7 +212,7 @@ class Bench:
 
     def _train(self, trial: Trial, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         section, start = self._section(trial), time.perf_counter()
-        seed = int(torch.randint(2**48, (), generator=work.generator(trial.seed, STAGE, trial.student)))
+        seed = students.first_weights(trial.student, trial.seed)
         network, lessons = self.network(trial.student, seed), self._feed(trial, section, seed)
         trained = students.train(
             network,
@@ -257,15 +255,15 @@ class Bench:
         if self.sections[trial.student].labels == "stored":
             hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
             return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix)
-        teach = None
+        teach, full = None, False
         if section.labels == "online":
-            teach = self.teachers.teach
+            teach, full = self.teachers.teach, self.teachers.of_batches
         elif section.labels == "mean":
             teach = teachers.of_images(condensed, self.session)
         view = self._shown(trial, section)
         labels = condensed.of_pictures(condensed.labels)
         pictures, grid = condensed.pictures, condensed.grid
-        return Drawn(pictures, labels, view, section.batch, device, seed=seed, teach=teach, grid=grid)
+        return Drawn(pictures, labels, view, section.batch, device, seed=seed, teach=teach, grid=grid, full=full)
 
     def _view(self, condensed: CondensedSet, section: Evaluation) -> ViewSettings | None:
         """How views are drawn; None: images are shown whole."""

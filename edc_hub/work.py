@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .errors import InputError, OtherStopped
+from .errors import InputError, OtherFailed, OtherStopped
 
 
 _UMASK = os.umask(0)
@@ -185,12 +185,20 @@ class Session:
         enabled = self.dtype != torch.float32 and self.device.type != "cpu"
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
-    def wait(self) -> None:
-        """Until every process is here. Raises OtherStopped where one of them never will be."""
+    def wait(self, failed: Exception | None = None) -> None:
+        """Until every process is here, wherever in the work that is; `failed`: why this one does no more of it.
+
+        Raises OtherFailed where another one came with an error, OtherStopped where one never will come.
+        """
+        mine = failed and (isinstance(failed, InputError), str(failed))
         try:
             self.state.wait_for_everyone()
+            told = [theirs for theirs in gather_object([mine]) if theirs]
         except RuntimeError as error:  # the connection to it is lost
             raise OtherStopped(str(error)) from error
+        if told and not failed:
+            of_input, text = told[0]
+            raise OtherFailed(InputError(text) if of_input else RuntimeError(text))
 
     def report(self, text: str) -> None:
         """A line of prose on stderr, from the main process."""
@@ -203,6 +211,7 @@ Make = Callable[[Unit, torch.Generator, Progress], tuple[dict[str, Tensor], dict
 
 def present(units: list[Unit], session: Session) -> list[bool]:
     """Whether each unit is there, as the first process sees it: another run may finish one between two looks."""
+    session.wait()  # one that has failed meets the others in no other exchange
     there = torch.tensor([session.store.has(unit) for unit in units], device=session.device).byte()
     return [bool(found) for found in broadcast(there).tolist()]
 

@@ -212,13 +212,14 @@ def test_the_block_that_is_watched_is_the_one_of_the_set(diagnosed):
 
 def test_a_block_of_canvases_with_all_observers_together_is_watched_too(toy_run, tmp_path):
     keys = {"images.grid": 2, "synthesize.class_scope": "local", "synthesize.together": 2, "relabel.controls": "false"}
+    keys["relabel.epochs"] = 4
     run = condensed(toy_run.parent.parent, "canvases", *(f"--{key}={value}" for key, value in keys.items()))
-    argv = ["--measures", "hessian,moments,views", "--output_dir", str(tmp_path), *FEW, *MACHINE]
+    argv = ["--measures", "hessian,gradients,moments,views", "--output_dir", str(tmp_path), *FEW, *MACHINE]
     assert diagnose.main([str(run), *argv]) == 0
     found = read(tmp_path)
-    assert found["hessian"]["difference"] == 0
+    assert found["hessian"]["difference"] == 0 and found["gradients"]["views"] == 6
     assert [step["observers"] for step in found["hessian"]["steps"]] == [["plain", "other"]] * 2
-    assert found["views"]["views"] == 6 * 3 and found["moments"]["draws"] == {"set": 1}
+    assert found["views"]["views"] == 6 * 4 and found["moments"]["draws"] == {"set": 1}
 
 
 def test_gradients_have_every_size_below_the_set_and_the_set(diagnosed):

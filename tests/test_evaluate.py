@@ -504,7 +504,8 @@ def test_results_of_fewer_students_or_another_protocol_stay_out_of_the_set_s_car
     run(runs / "first", "--seeds", "0,1", "--controls", "[]")
     kept = (runs / "first/dataset/results.json").read_text()
     card = (runs / "first/dataset/README.md").read_text()
-    for other in (["--seeds", "0"], ["--seeds", "0,1", "--evaluation.protocol", "dc", "--evaluation.batch", "4"]):
+    others = [["--seeds", "0"], ["--seeds", "0,1", "--evaluation.protocol", "dc", "--evaluation.batch", "4"]]
+    for other in (*others, ["--seeds", "0,1", "--evaluation.epochs", "1"]):
         run(runs / "first", *other, "--controls", "[]", "--evaluation.students", json.dumps([STUDENT]))
         assert "keeps its results" in capsys.readouterr().err
         assert (runs / "first/dataset/results.json").read_text() == kept

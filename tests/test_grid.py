@@ -263,6 +263,10 @@ def test_without_canvases_the_schema_is_what_it_was(dataset):
         ),
         ({"images": {"grid": 2}, "initialize": {"kind": "kmeans", "images_per_class": 7}}, "cannot give 8 centres"),
         (
+            {"images": {"grid": 2}, "relabel": {"epochs": 3}},
+            "relabel.epochs: 3, and an epoch shows one of the 4 pictures",
+        ),
+        (
             {"images": {"grid": 2}, "initialize": {"kind": "rded", "images_per_class": 7}},
             "grid 2 needs 8 crops a class",
         ),
@@ -348,7 +352,7 @@ DIGITS = {
     "moments": {"rows": 500},
     "images": {"grid": 2},
     "synthesize": {"iterations": 3, "block": 8},
-    "relabel": {"epochs": 2, "batch": 20, "flip": False, "random_draws": 1},
+    "relabel": {"epochs": 4, "batch": 20, "flip": False, "random_draws": 1},
     "evaluation": {
         "students": [{"name": "narrow", "arch": "convnet", "args": {"depth": 2, "width": 8}}],
         "epochs": 2,
@@ -412,4 +416,4 @@ def test_a_set_of_canvases_is_labelled_anew_as_one(run, capsys):
 def test_the_plan_counts_a_labelled_view_of_each_canvas(run, capsys):
     assert condense.main([str(run.parent / "recipe.yaml"), "--dry_run", *MACHINE]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"^images +20 rows", shown, re.M) and re.search(r"^soft_labels +40 rows", shown, re.M)
+    assert re.search(r"^images +20 rows", shown, re.M) and re.search(r"^soft_labels +80 rows", shown, re.M)

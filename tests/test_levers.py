@@ -93,7 +93,7 @@ def slow_loop(made):
     observers = [Smooth(seed, torch.float64) for seed in range(3)]
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (MEAN, STD))
     initial = (images().double() / 255 - mean) / std
-    z, m, v, losses = initial.clone(), torch.zeros_like(initial), torch.zeros_like(initial), []
+    z, m, v, losses, begun = initial.clone(), torch.zeros_like(initial), torch.zeros_like(initial), [], 0
 
     def slope(z, step):
         z = z.clone().requires_grad_()
@@ -108,7 +108,7 @@ def slow_loop(made):
                 if 0 <= y + dy < 8 and x + dx < 8
             ]
             norms.append(torch.stack(apart).square().sum().sqrt())
-        loss = loss + section.tv * sum(norms) + section.l2 * sum((image**2).sum() for image in z) / len(z)
+        loss = loss + section.tv * sum(norms) + section.l2 * sum((image**2).sum().sqrt() for image in z) / len(z)
         return loss.item(), torch.autograd.grad(loss, z)[0]
 
     for step in range(section.iterations):
@@ -118,11 +118,13 @@ def slow_loop(made):
             gradient = slope(z + section.flatness.rho * gradient / gradient.square().sum().sqrt(), step)[1]
         m, v = 0.5 * m + 0.5 * gradient, 0.9 * v + 0.1 * gradient**2
         lr = 0.05 * (1 + math.cos(math.pi * step / section.iterations)) / 2
-        z = z - lr * (m / (1 - 0.5 ** (step + 1))) / ((v / (1 - 0.9 ** (step + 1))).sqrt() + 1e-8)
+        taken = step + 1 - begun  # Adam's steps since the last merge
+        z = z - lr * (m / (1 - 0.5**taken)) / ((v / (1 - 0.9**taken)).sqrt() + 1e-8)
+        z = torch.minimum(torch.maximum(z, -mean / std), (1 - mean) / std)
         every = section.residual.every
         if every and step + 1 in range(every, section.iterations, every):
             z = (1 - section.residual.weight) * z + section.residual.weight * initial
-        z = torch.minimum(torch.maximum(z, -mean / std), (1 - mean) / std)
+            m, v, begun = torch.zeros_like(m), torch.zeros_like(v), step + 1
     return z, torch.tensor(losses)
 
 
@@ -130,7 +132,7 @@ LOOPS = {
     "nothing": {},
     "sam": {"flatness": {"kind": "sam", "rho": 2.0}},
     "total variation": {"tv": 0.02},
-    "squared norm": {"l2": 0.01},
+    "norm of an image": {"l2": 0.1},
     "two observers a step": {"together": 2},
     "residual": {"residual": {"every": 3, "weight": 0.3}},
     "residual but for the last step": {"iterations": 9, "residual": {"every": 3}},
@@ -262,6 +264,21 @@ def test_sides_of_the_view_take_turns():
     assert torch.equal(views[0], x)
     halved = x.view(2, 3, 4, 2, 4, 2).mean((3, 5))  # bilinear, to half the side
     torch.testing.assert_close(views[1], halved)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_every_observer_sees_every_side(count):
+    section, seen = recipe(sizes=[8, 4]).synthesize, set()
+    observers = [str(number) for number in range(count)]
+    for step in range(4 * count):
+        (one,) = objective.pick(observers, section, step, drawing())
+        seen.add((one, crops.Crop(8, section, drawing(), step, count).size))
+    assert len(seen) == 2 * count
+
+
+def test_with_merges_the_side_changes_after_each():
+    section = recipe(sizes=[8, 4], residual={"every": 3}).synthesize
+    assert [crops.Crop(8, section, drawing(), step, 4).size for step in range(7)] == [8, 8, 8, 4, 4, 4, 8]
 
 
 def test_a_view_of_another_side_has_the_statistics_of_its_own_maps(session):

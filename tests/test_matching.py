@@ -373,7 +373,7 @@ def test_total_variation_is_the_norm_of_the_differences_in_four_directions():
     assert torch.equal(torch.autograd.grad(matching.total_variation(flat), flat)[0], torch.zeros(1, 3, 4, 4))
 
 
-def test_the_squared_norm_is_that_of_an_image():
+def test_the_norm_is_that_of_an_image_averaged_over_the_block():
     z = draw(3, 3, 2, 2, seed=2)
-    expected = sum(float(value) ** 2 for value in z.flatten()) / 3
-    assert matching.squared_norm(z).item() == pytest.approx(expected, rel=1e-5)
+    expected = sum(sum(float(value) ** 2 for value in image.flatten()) ** 0.5 for image in z) / 3
+    assert matching.mean_norm(z).item() == pytest.approx(expected, rel=1e-5)

@@ -1,79 +1,29 @@
-"""Sweeps: real ones of two by two cells, what they share, what fails, and every table that ships."""
+"""Sweeps: real ones of two by two cells, what they share, and what fails."""
 
 import contextlib
-import csv
 import io
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 import yaml
+from helpers_sweep import ENVIRONMENT, MACHINE, SWEEP, arguments, begun, figures, written
 
-from edc_hub import cells, cli, evaluate, published, recipes, sweep, sweep_plan, sweep_table
+from edc_hub import cells, evaluate, sweep, work
 
 
-RECIPE = {
-    "name": "digits",
-    "ipc": 1,
-    "source": {"path": "sklearn/digits", "size": 8, "holdout": 0.1},
-    "observers": {
-        "train": {"epochs": 1, "batch": 50, "augment": "none", "flip": False},
-        "networks": [{"name": "plain", "arch": "convnet", "args": {"depth": 1, "width": 16, "norm": "batch"}}],
-    },
-    "synthesize": {"iterations": 2, "block": 10},
-    "relabel": {"epochs": 2, "batch": 10, "rand_augment": 0},
-    "evaluation": {
-        "students": [{"name": "narrow", "arch": "convnet", "args": {"depth": 1, "width": 8}}],
-        "epochs": 2,
-        "batch": 5,
-    },
-}
-SWEEP = {
-    "title": "Steps and zeta",
-    "set_seeds": [0, 1],
-    "seeds": [0, 1],
-    "rows": {"two": {}, "none": {"synthesize": {"iterations": 0}}},
-    "columns": {"zeta 2": {}, "zeta 1": {"evaluation": {"zeta": 1.0}}},
-    "paper": {
-        "where": "The paper, Table 1",
-        "as": "best",
-        "figures": {
-            "two": {"zeta 2": {"narrow": 48.6}, "zeta 1": {"narrow": {"accuracy": 40, "std": 1, "as": "last"}}}
-        },
-    },
-}
 FAILING = {"untrained": {"observers": {"train": {"lr": 0.0}}}}  # an observer that sees nothing is refused, late
-MACHINE = ["--threads", "1", "--device", "cpu"]
-ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sweep")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(RECIPE))
-    return root
-
-
-def written(root, name="table", **changes):
-    """The file of a sweep like SWEEP."""
-    path = root / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({**SWEEP, "recipe": str(root / "tiny.yaml"), **changes}, sort_keys=False))
-    return path
-
-
-def arguments(file, out, *more):
-    return [str(file), "--output_dir", str(out), *MACHINE, *map(str, more)]
-
-
-def figures(folder):
-    """table.csv, a dictionary a line."""
-    with (folder / "table.csv").open(encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return begun(tmp_path_factory.mktemp("sweep"))
 
 
 def stamps(runs, *stages):
@@ -173,6 +123,47 @@ def test_two_processes_give_the_table_of_one_and_both_go_on_after_a_cell_that_fa
     assert [line["missing"] for line in figures(folder) if line["row"] == "untrained"] == ["failed"] * 2
 
 
+ALONE = """
+import os, sys
+from edc_hub import sweep, trials, work
+me, save, train = os.environ["RANK"], work.Store.save, trials.Bench._train
+
+def failing_save(store, unit, *content):
+    if (me, unit.stage) == ("0", "blocks"):
+        raise ZeroDivisionError("by the first alone")
+    save(store, unit, *content)
+
+def failing_train(bench, trial, progress):
+    if me == "1" and bench.comparison.evaluation.zeta == 1.0:
+        raise ValueError("by the second alone")
+    return train(bench, trial, progress)
+
+work.Store.save, trials.Bench._train = failing_save, failing_train
+sys.exit(sweep.main(sys.argv[1:]))
+"""
+
+
+def test_a_unit_that_fails_on_one_of_two_processes_fails_its_cells_and_the_others_are_done(root):
+    script, folder = root / "alone.py", root / "alone/steps"
+    script.write_text(ALONE)
+    columns = dict(reversed(SWEEP["columns"].items()))  # those that fail come first
+    rows = {"two": {}, "kept": {"synthesize": {"iterations": 1}}, "none": SWEEP["rows"]["none"]}
+    file = written(root, "alone", rows=rows, columns=columns, set_seeds=[0])
+    kept = next(cell.runs[0] for cell in cells.parse(arguments(file, folder)).cells if cell.row == "kept")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    command = [*launcher, *arguments(file, folder)]
+    with work.lock(Path(kept.output_dir)):
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and done.stderr.count("5 of 6 cells failed") == 2, done.stderr  # both came to the end
+    lines = {(line["row"], line["column"]): line for line in figures(folder)}
+    failed = [place for place, line in lines.items() if line["missing"] == "failed"]
+    assert failed == [*((row, column) for row in ("two", "kept") for column in columns), ("none", "zeta 1")]
+    assert lines[("none", "zeta 2")]["n"] == "2" and float(lines[("none", "zeta 2")]["EMA"]) > 0
+    said = (folder / "table.md").read_text()
+    assert said.count("by the first alone") == 2 and said.count("by the second alone") == 1
+    assert said.count(f"is being written by process {os.getpid()}") == 2
+
+
 # Mistakes
 
 
@@ -203,121 +194,3 @@ def test_an_error_of_ours_in_a_cell_is_status_1_with_its_traceback(root, capsys,
     err = capsys.readouterr().err
     assert 'raise ZeroDivisionError("by a bug")' in err and "row 'two', column 'zeta 1': by a bug" in err
     assert [line["missing"] for line in figures(root / "runs/bug")] == ["", "failed"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "more", "line"),
-    [
-        (
-            {"rows": {"a": {"synthesize": {"iteratons": 3}}}},
-            [],
-            "row 'a', column 'zeta 2': synthesize.iteratons: unknown key; did you mean 'iterations'?",
-        ),
-        (
-            {"rows": {"a": {"evaluation": {"students": ["resnet81"]}}}},
-            [],
-            "evaluation.students: resnet81: arch: no net",
-        ),
-        ({"rows": {"a": {"initialize": {"factor": 3}}}}, [], "row 'a', column 'zeta 2': initialize.factor: 3 tiles"),
-        ({"rows": {"a": {"ipc": 500}}}, [], "row 'a', column 'zeta 2': ipc: 500 images a class, but class"),
-        ({"rows": {"a": {"seed": 1}}}, [], "row 'a': seed: the same for the whole sweep; write set_seeds"),
-        ({"rows": {"a": {"evaluation": {"zeta": 3.0}}}}, [], "row 'a', column 'zeta 1': both set evaluation.zeta"),
-        ({"rows": {}}, [], "rows: none given"),
-        ({"recipe": "digist"}, [], "recipe: no file digist; did you mean 'digits'?"),
-        ({"rowz": {}}, [], "rowz: unknown key; did you mean 'rows'?"),
-        ({"paper": {"where": "T", "figures": {"b": {}}}}, [], "paper.figures: 'b' is no row; there are: two, none"),
-        ({"paper": {"where": "T", "figures": {"two": {"c": {}}}}}, [], "'c' is no column with students"),
-        ({"paper": {"where": "T", "figures": {"two": {"zeta 1": {"x": "?"}}}}}, [], "x: accuracy: expected a number"),
-        ({}, ["--evaluation.zeta", "3"], "--evaluation.zeta: column 'zeta 1' sets it; remove it"),
-        ({}, ["--seed", "3"], "--seed: not of a sweep; write set_seeds"),
-        ({}, ["--seeds", "0,0"], "seeds: [0, 0]; give at least one, and each once"),
-        ({}, ["--only", "three"], "only: no row 'three'; there are: two, none"),
-        ({}, ["--split", "holdout", "--source.holdout", "0"], "source.holdout: 0 keeps no image back"),
-    ],
-)
-def test_what_a_user_can_get_wrong_is_one_line_before_any_work(root, tmp_path, capsys, changes, more, line):
-    changes = {"paper": None, **changes} if "rows" in changes else changes
-    assert sweep.main(arguments(written(root, "wrong", **changes), tmp_path / "runs/wrong", *more)) == 2
-    out, err = capsys.readouterr()
-    errors = [text for text in err.splitlines() if "error:" in text]
-    assert out == "" and len(errors) == 1 and line in errors[0] and "Traceback" not in err, err
-    assert not (tmp_path / "runs/artifacts").exists() and not (tmp_path / "runs/wrong/table.csv").exists()
-
-
-def test_a_dry_run_says_what_is_shared_and_writes_nothing(root, tmp_path, capsys):
-    assert cli.main(["sweep", *arguments(written(root), tmp_path / "runs/steps", "--dry_run")]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "cells 4 condense runs, different 4 observers 1 sets of initial images 2 sets of images 4" in out
-    assert "row 'none', column 'zeta 1': synthesize.iterations 0, evaluation.zeta 1.0" in out
-    assert not (tmp_path / "runs").exists()
-
-
-def test_help_lists_the_sweeps_that_ship(capsys):
-    with pytest.raises(SystemExit):
-        sweep.main(["--help"])
-    out = capsys.readouterr().out
-    assert "table5" in out and "--set_seeds" in out and "--dry_run" in out
-
-
-# What ships
-
-
-TABLES = [2, 3, 4, 5, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
-
-
-def test_the_paper_s_ablations_and_those_for_a_cpu_ship_as_sweeps():
-    light = {"light-methods", "light-alpha", "light-zeta"}
-    assert set(recipes.shipped(cells.SHIPPED)) == light | {f"table{number}" for number in TABLES}
-    assert not [name for name in recipes.shipped() if "table" in name or "sweep" in name]
-
-
-@pytest.mark.parametrize("name", recipes.shipped(cells.SHIPPED))
-def test_every_shipped_sweep_resolves_and_shows_every_figure_of_the_paper(name, tmp_path):
-    parsed = cells.parse([name, "--output_dir", str(tmp_path / "none")])
-    assert len(parsed.cells) == len(parsed.sweep.rows) * (len(parsed.sweep.columns) or 1)
-    lines = sweep_table.lines(parsed, {})
-    trained = {line.student for line in lines}
-    quoted = [figure for figure in _figures(parsed.sweep) if figure[2] in trained]
-    assert sorted(map(str, quoted)) == sorted(
-        str((line.row, line.column, line.student, line.paper.accuracy)) for line in lines if line.paper
-    )
-    assert all(len(text) <= sweep_table.WIDTH for text in sweep_table.text(parsed, {}).splitlines())
-    assert "condense runs, different" in sweep_plan.show(parsed)
-
-
-def _figures(given):
-    """Every figure of a sweep as (row, column, student, per cent)."""
-    found = []
-    for row, own in (given.paper.figures if given.paper else {}).items():
-        for column, students in own.items() if given.columns else [("", own)]:
-            for student, value in students.items():
-                found.append((row, column, student, float(value["accuracy"] if isinstance(value, dict) else value)))
-    return found
-
-
-def test_light_methods_quotes_the_figures_of_published_yaml_under_one_protocol():
-    parsed = cells.parse(["light-methods"])
-    names = {"rded": "RDED", "sre2l": "SRe2L", "gvbsm": "G-VBSM", "edc": "EDC"}
-    for row, column, student, accuracy in _figures(parsed.sweep):
-        known = published.lookup("cifar10", int(column.removeprefix("IPC ")), student)
-        (figure,) = [it for it in known if it["method"] == names[row]]
-        quoted = published.reported(parsed.sweep.paper, row, column, student)
-        assert (round(100 * figure["accuracy"], 6), figure["as"], figure["where"]) == (
-            accuracy,
-            quoted.taken,
-            quoted.where,
-        )
-    assert {cell.recipe.evaluation.protocol for cell in parsed.cells} == {"edc"}
-    labels = [
-        {k: v for k, v in cell.recipe.relabel if k != "epochs"} for cell in parsed.cells if cell.row != "edc-plus"
-    ]
-    assert all(own == labels[0] for own in labels)
-
-
-def test_both_readings_of_alpha_are_one_set_at_a_half_and_swapped_elsewhere():
-    parsed = cells.parse(["table5"])
-    by_row = {cell.row: cell for cell in parsed.cells if cell.column == "plain"}
-    for value in (0, 0.25, 0.5, 0.75):
-        own, other = by_row[f"global form {value}"], by_row[f"class form {value}"]
-        assert own.recipe.synthesize.alpha == value and other.recipe.synthesize.alpha == 1 - value
-    assert by_row["global form 0.5"].runs == by_row["class form 0.5"].runs

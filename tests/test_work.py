@@ -206,6 +206,50 @@ def test_two_processes_make_the_files_that_one_makes(session, tmp_path):
     assert [digest(Store(root), unit) for unit in units(7)] == [digest(session.store, unit) for unit in units(7)]
 
 
+FAIL = """
+import sys
+import torch
+from datetime import timedelta
+from pathlib import Path
+from accelerate import PartialState
+from edc_hub import work
+from edc_hub.errors import InputError, OtherFailed
+sys.path.insert(0, str(Path(sys.argv[2])))
+from test_work import draw, units
+state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
+session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress_bars=False)
+
+def failing(unit, *rest):
+    if unit.name == "unit-1":
+        raise InputError("width: too much")
+    return draw(unit, *rest)
+
+for mark in ("1", "2"):  # the first fails on the second process, in its units; the next on the first, before them
+    try:
+        if (mark, state.process_index) == ("2", 0):
+            raise InputError("width: too much")
+        work.run(units(4, mark=mark), failing if mark == "1" else draw, session, seed=5, label="x")
+        sys.exit("nobody said so")
+    except InputError as error:
+        session.wait(failed=error)
+    except OtherFailed as error:
+        assert isinstance(error.error, InputError) and str(error) == "width: too much"
+        print("told", mark, state.process_index, flush=True)
+work.run(units(4), draw, session, seed=5, label="x")
+assert all(session.store.has(unit) for unit in units(4))
+"""
+
+
+def test_processes_that_wait_for_one_that_fails_are_told_and_go_on_together(tmp_path):
+    script = tmp_path / "fail.py"
+    script.write_text(FAIL)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(script), str(tmp_path / "store"), os.path.dirname(__file__)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, timeout=120, env=environment, stdout=subprocess.PIPE, text=True)
+    assert sorted(done.stdout.splitlines()) == ["told 1 0", "told 2 1"]
+
+
 def test_run_waits_for_nothing_when_all_is_there(session):
     work.run(units(200), draw, session, seed=0, label="x")
     start = time.perf_counter()
