@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .levers import Flatness
 from .moments import Targets
-from .recipe import Flatness, Synthesize
+from .recipe import Synthesize
 from .taps import Layout
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from . import canvas, matching
 from .crops import Crop, Mix
 from .errors import InputError
+from .levers import Flatness
 from .matching import Matcher
 from .moments import Targets
 from .networks import Network
-from .recipe import Flatness, Recipe, Source, Synthesize
+from .recipe import Recipe, Source, Synthesize
 from .taps import Taps
 from .work import Session
 
