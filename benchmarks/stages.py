@@ -190,7 +190,8 @@ def labelled_set(epochs: int) -> CondensedSet:
     soft = torch.randn(len(stored) * epochs, CLASSES, generator=draws).half()
     facts = {**section.model_dump(), "view_size": SETUP.source.size}
     return SimpleNamespace(
-        images=stored,
+        pictures=stored,
+        of_pictures=lambda of_images: of_images,
         labels=torch.arange(1000) // 10,
         names=[str(name) for name in range(CLASSES)],
         epochs=epochs,
