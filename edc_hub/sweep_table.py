@@ -133,7 +133,8 @@ def _bytes(sizes: list[int]) -> str:
 
 def _facts(parsed: Parsed, every: list[Line], failed: dict[str, Exception]) -> dict[str, str]:
     """What holds for the whole table, by what it is about."""
-    sweep, abouts = parsed.sweep, [it["about"] for it in map(_results, parsed.cells) if it]
+    sweep, found = parsed.sweep, [_results(cell) for cell in parsed.cells]
+    abouts, waiting = [it["about"] for it in found if it], found.count(None)
     shown = " and ".join({"ema": "averaged weights (EMA)", "live": "live weights"}[name] for name in sweep.weights)
     choices = "" if sweep.split == "test" else ", kept from the training images, for choices"
     hardware = {_hardware(about["hardware"]) for about in abouts}
@@ -144,7 +145,6 @@ def _facts(parsed: Parsed, every: list[Line], failed: dict[str, Exception]) -> d
     draws = ", of row (ii) set seeds x random draws" if "random" in sweep.controls else ""
     split = "" if sweep.split == "test" else "; the paper's figures are of its test split"
     wheres = dict.fromkeys(line.paper.where for line in every if line.paper)
-    waiting = sum(_results(cell) is None for cell in parsed.cells)
     facts = {
         "accuracy": f"top-1 in % of the last epoch, split {sweep.split}{choices}, {shown}; mean ± sample std, in "
         f"brackets n: set seeds {_listed(sweep.set_seeds)} x student seeds {_listed(sweep.seeds)}{draws}",
@@ -197,9 +197,8 @@ def _fitting(widths: list[list[int]], label: int) -> Iterator[list[int]]:
     yield some
 
 
-def markdown(parsed: Parsed, failed: dict[str, Exception]) -> str:
-    """The same for a document."""
-    every = lines(parsed, failed)
+def markdown(parsed: Parsed, every: list[Line], failed: dict[str, Exception]) -> str:
+    """The same for a document, of the figures `every`."""
     parts = [f"**{parsed.sweep.title}**"]
     for block in _blocks(parsed, every):
         rows = [[t.strip().replace("|", "/") for cell in line for t in cell] for line in _grid(parsed, every, block)]
@@ -232,7 +231,7 @@ def write(parsed: Parsed, failed: dict[str, Exception]) -> None:
     from . import work
 
     every = lines(parsed, failed)
-    for name, content in (("table.csv", table(every)), ("table.md", markdown(parsed, failed))):
+    for name, content in (("table.csv", table(every)), ("table.md", markdown(parsed, every, failed))):
         work.write_atomically(parsed.folder / name, lambda path, content=content: path.write_text(content, "utf-8"))
     draw(parsed, every, parsed.folder / "table.png")
 

@@ -21,6 +21,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    """What a test draws without a generator is the same alone, in any order and on any worker."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def session(tmp_path):
     """A `work.Session` on the CPU with a store of its own, saving inside units at every opportunity."""

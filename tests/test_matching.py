@@ -367,9 +367,9 @@ def test_total_variation_is_the_norm_of_the_differences_in_four_directions():
                 squares = squares + (exact[:, :, y + down, x + right] - exact[:, :, y, x]).square().sum()
         expected = expected + squares.sqrt()
     found = matching.total_variation(z)
-    torch.testing.assert_close(found.double(), expected)
+    torch.testing.assert_close(found, expected.float())
     gradients = torch.autograd.grad(found, z)[0], torch.autograd.grad(expected, exact)[0]
-    torch.testing.assert_close(gradients[0].double(), gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[1].float())
     flat = torch.ones(1, 3, 4, 4, requires_grad=True)
     assert torch.equal(torch.autograd.grad(matching.total_variation(flat), flat)[0], torch.zeros(1, 3, 4, 4))
 
