@@ -100,7 +100,7 @@ def obtain(
         "observers": [observers.fingerprint(name, epoch) for name, epoch in chosen],
         "views": views.VERSION,
         "seed": recipe.seed,
-        "precision": str(session.dtype) if session.device.type != "cpu" else "torch.float32",
+        "precision": str(session.arithmetic),
     } | canvas.facts(grid)
     names = ["mean", *(f"epoch{number:05d}" for number in range(section.epochs))]
     units = [Unit(STAGE, name, work.fingerprint(STAGE, VERSION, unit=name, **inputs)) for name in names]

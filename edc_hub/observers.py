@@ -16,6 +16,7 @@ from .errors import InputError
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
+from .training import Training, part
 from .work import Progress, Session, Unit, fingerprint, generator, run
 
 
@@ -158,6 +159,8 @@ def _fingerprint(
     given: recipe.Recipe, net: recipe.Network, real: RealSet, found: weights.Weights | None, session: Session
 ) -> str:
     spec = net.model_dump(mode="json", exclude={"name", "weights"})
+    if net.train and not net.train.ema:
+        del spec["train"]["ema"]  # without an average they are the observers of earlier releases
     mean, std = net.mean or given.source.mean, net.std or given.source.std
     return fingerprint(
         STAGE,
@@ -171,7 +174,7 @@ def _fingerprint(
         classes=len(real.names),
         size=given.source.size,
         resize=given.source.resize,
-        precision=str(session.dtype) if session.device.type != "cpu" else "torch.float32",
+        precision=str(session.arithmetic),
     )
 
 
@@ -183,19 +186,23 @@ def _train(
     Order, crops and dropout of a step follow from (seed, epoch, step), so that work taken up in the middle of an epoch
     goes on to the same bits.
     """
-    section, module = net.train, network.module
+    section = net.train
     rows = real.rows()
     # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
     last = int(len(rows) > 1 and len(rows) % section.batch == 1)
     steps = math.ceil((len(rows) - last) / section.batch)
     optimizer = torch.optim.SGD(
-        module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
+        network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
     )
-    scaler = torch.amp.GradScaler(
-        session.device.type, enabled=session.dtype == torch.float16 and session.device.type != "cpu"
+    training = Training(
+        network, optimizer, session.device, session.arithmetic, decay=section.ema, average_buffers=True
     )
     kept: dict[int, State] = {}
-    first = _restore(progress.load(), network, optimizer, scaler, kept)
+    first = 0
+    if (state := progress.load()) is not None:
+        first = int(state["step"])
+        training.restore(state)
+        kept = {epoch: part(state, f"kept/{epoch}/") for epoch in recipe.snapshots(net) if epoch * steps <= first}
     bar = session.bar(total=section.epochs * steps, initial=first, desc=net.name, unit="step", leave=False)
     cuda = [session.device] if session.device.type == "cuda" else []
     with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
@@ -209,22 +216,25 @@ def _train(
             for step, (images, labels, _) in enumerate(batches, epoch * steps + done):
                 torch.manual_seed(step_seed + step)
                 if section.schedule == "cosine":
-                    part = step / (section.epochs * steps)
-                    optimizer.param_groups[0]["lr"] = section.lr * (1 + math.cos(math.pi * part)) / 2
+                    share = step / (section.epochs * steps)
+                    optimizer.param_groups[0]["lr"] = section.lr * (1 + math.cos(math.pi * share)) / 2
                 x = images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
-                with session.autocast():
+                with training.autocast():
                     loss = F.cross_entropy(network(x), labels.to(session.device))
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+                training.descend(loss)
                 bar.update()
                 if step % 50 == 0:
                     bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
                 if step + 1 == (epoch + 1) * steps and epoch + 1 in recipe.snapshots(net):
-                    kept[epoch + 1] = _copy(network)
-                progress.save(functools.partial(_state, step + 1, network, optimizer, scaler, kept))
+                    kept[epoch + 1] = _copy(training.average.module if training.average else network)
+                progress.save(functools.partial(_state, step + 1, training, kept))
     return kept
+
+
+def _state(step: int, training: Training, kept: dict[int, State]) -> State:
+    """What the rest of a training depends on after `step` steps, and the snapshots that it has left."""
+    state = training.state() | {"step": torch.tensor(step)}
+    return state | {f"kept/{epoch}/{key}": value for epoch, held in kept.items() for key, value in held.items()}
 
 
 def _view(section: recipe.Train, seed: int) -> View | None:
@@ -236,40 +246,6 @@ def _view(section: recipe.Train, seed: int) -> View | None:
 
 def _copy(network: Network) -> State:
     return {key: value.detach().cpu().clone().contiguous() for key, value in network.module.state_dict().items()}
-
-
-def _state(step: int, network: Network, optimizer, scaler, kept: dict[int, State]) -> State:
-    """Everything the rest of a training depends on, after `step` steps."""
-    state = {f"module/{key}": value for key, value in network.module.state_dict().items()}
-    for index, parameter in enumerate(network.module.parameters()):
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            state[f"momentum/{index}"] = buffer
-    state |= {f"kept/{epoch}/{key}": value for epoch, held in kept.items() for key, value in held.items()}
-    scale = {f"scaler/{k}": torch.tensor(v, dtype=torch.float64) for k, v in scaler.state_dict().items()}
-    return state | scale | {"step": torch.tensor(step)}
-
-
-def _restore(state: State | None, network: Network, optimizer, scaler, kept: dict[int, State]) -> int:
-    """Puts a saved `_state` back; returns the number of steps done."""
-    if state is None:
-        return 0
-
-    def part(prefix: str) -> State:
-        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-    network.module.load_state_dict(part("module/"))
-    for index, parameter in enumerate(network.module.parameters()):
-        if f"momentum/{index}" in state:
-            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
-            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(state[f"momentum/{index}"])
-    for key, value in part("kept/").items():
-        epoch, _, name = key.partition("/")
-        kept.setdefault(int(epoch), {})[name] = value
-    if scale := part("scaler/"):
-        counts = ("growth_interval", "_growth_tracker")
-        scaler.load_state_dict({k: int(v) if k in counts else float(v) for k, v in scale.items()})
-    return int(state["step"])
 
 
 @torch.no_grad()

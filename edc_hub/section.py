@@ -35,6 +35,7 @@ class Train(Section):
     momentum: Decay = Field(0.9, description="momentum of SGD")
     weight_decay: Rate = Field(0.0, description="weight decay")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the steps")
+    ema: Decay = Field(0.0, description="decay a step of the weight average that snapshots keep; 0: the weights")
     augment: Literal["none", "pad_crop", "rrc"] = Field("pad_crop", description="crop of each training image")
     pad: Count = Field(4, description="zero padding in pixels for pad_crop")
     crop_area: Area = Field([0.08, 1.0], description="area range of rrc (RandomResizedCrop)")

@@ -2,12 +2,10 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -15,6 +13,7 @@ from .errors import InputError
 from .feed import Batch, Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation
+from .training import Training
 from .work import Progress, Session, generator
 
 
@@ -163,7 +162,7 @@ def train(
                 live, averaged = learner.predict(test[0], feed, generator(seed, STAGE, f"clean {epoch}"))
                 curve = torch.cat([curve, _point(epoch + 1, live, averaged, test[1])])
             about = {"epoch": torch.tensor(epoch + 1), "history": history, "curve": curve}
-            progress.save(partial(learner.state, about))
+            progress.save(lambda about=about: learner.state() | about)
         live, averaged = learner.predict(test[0], feed, generator(seed, STAGE, "clean"))
         if points:
             curve = torch.cat([curve, _point(section.epochs, live, averaged, test[1])])
@@ -175,25 +174,22 @@ def _point(epochs: int, live: Tensor, averaged: Tensor, labels: Tensor) -> Tenso
     return torch.tensor([[float(epochs), *right]])
 
 
-class Learner:
-    """A network with its optimiser and weight average: what a step changes, and what a resumed run needs back."""
+class Learner(Training):
+    """A student in training under a protocol."""
 
     def __init__(self, network: Network, section: Evaluation, session: Session):
-        self.section, self.device = section, session.device
+        self.section = section
         grouped = any(isinstance(part, nn.GroupNorm) for part in network.modules())
         self.layout = torch.contiguous_format if grouped else torch.channels_last  # GroupNorm is slow in the other
-        self.network = network.to(session.device, memory_format=self.layout)
-        self.optimizer = optimizer_of(section, network.module)
-        self.scaler = torch.amp.GradScaler(session.device.type, enabled=section.precision == "float16")
-        buffers = section.ema.bn == "averaged"
-        self.average = (
-            ModelEmaV3(network, section.ema.decay, exclude_buffers=not buffers) if section.ema.decay else None
+        network.to(session.device, memory_format=self.layout)
+        super().__init__(
+            network,
+            optimizer_of(section, network.module),
+            session.device,
+            getattr(torch, section.precision),  # on a CPU too
+            decay=section.ema.decay,
+            average_buffers=section.ema.bn == "averaged",
         )
-
-    def autocast(self) -> torch.autocast:
-        """The protocol's precision, on a CPU too."""
-        dtype = getattr(torch, self.section.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def begin(self, lr: float) -> None:
         """An epoch with this learning rate."""
@@ -206,12 +202,7 @@ class Learner:
         with self.autocast():
             logits = self.network(batch.x.to(memory_format=self.layout))
         loss = loss_of(self.section, logits, batch)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average:
-            self.average.update(self.network)
+        self.descend(loss)
         return loss.detach()
 
     def predict(self, images: Tensor, feed: Stored | Drawn, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -234,34 +225,3 @@ class Learner:
             with self.autocast():
                 found.append(network(x).argmax(1))
         return torch.cat(found).to("cpu", torch.int16)
-
-    def state(self, about: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Everything that the rest of the training depends on, with what the loop says `about` it."""
-        state = {f"live/{key}": value for key, value in self.network.state_dict().items()}
-        if self.average:
-            state |= {f"ema/{key}": value for key, value in self.average.module.state_dict().items()}
-        for index, parameter in enumerate(self._parameters()):
-            held = self.optimizer.state[parameter]
-            state |= {f"optimizer/{index}/{key}": value for key, value in held.items() if value is not None}
-        scale = {f"scaler/{k}": torch.tensor(v, dtype=torch.float64) for k, v in self.scaler.state_dict().items()}
-        return state | scale | about
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Puts a saved state back."""
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-        self.network.load_state_dict(part("live/"))
-        if self.average:
-            self.average.module.load_state_dict(part("ema/"))
-        for index, parameter in enumerate(self._parameters()):
-            for key, value in part(f"optimizer/{index}/").items():
-                like = parameter if value.shape == parameter.shape else value.to(parameter.device)
-                self.optimizer.state[parameter][key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
-        if scale := part("scaler/"):
-            counts = ("growth_interval", "_growth_tracker")
-            self.scaler.load_state_dict({k: int(v) if k in counts else float(v) for k, v in scale.items()})
-
-    def _parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

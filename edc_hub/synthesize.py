@@ -77,7 +77,7 @@ def optimise(
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
     start = _restore(progress, z, average, adam, losses, observed, generator)
-    half = session.dtype == torch.float16 and session.device.type != "cpu"
+    half = session.arithmetic == torch.float16
     scale = 4096.0 if half else 1.0  # the statistics' part of a gradient is about 1e-7, where float16 ends
     bar = session.bar(range(start, section.iterations), desc="synthesize", unit="it", leave=False)
     for step in bar:

@@ -172,7 +172,7 @@ class Session:
     store: Store
     state: PartialState
     device: torch.device
-    dtype: torch.dtype = torch.float32  # of the networks' arithmetic; moments and images stay float32
+    dtype: torch.dtype = torch.float32  # asked of the networks; moments and images stay float32
     checkpoint_seconds: float = 60.0
     progress_bars: bool = True
 
@@ -180,10 +180,14 @@ class Session:
         """A progress bar on stderr, on the main process only."""
         return tqdm(iterable, disable=not (self.progress_bars and self.state.is_main_process), **options)
 
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """That of the networks: `dtype` on an accelerator, float32 on a CPU."""
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
     def autocast(self) -> torch.autocast:
         """Mixed precision where `precision` asks for it and the device is an accelerator."""
-        enabled = self.dtype != torch.float32 and self.device.type != "cpu"
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
+        return torch.autocast(self.device.type, dtype=self.arithmetic, enabled=self.arithmetic != torch.float32)
 
     def wait(self, failed: Exception | None = None) -> None:
         """Until every process is here, wherever in the work that is; `failed`: why this one does no more of it.
