@@ -189,7 +189,8 @@ def _sections(text: str) -> dict[str, str]:
 def _title(manifest: dict[str, Any]) -> str:
     kind = {None: "condensed", "initial": "initial images", "random": "random images"}[manifest["control"]]
     kind = "relabelled" if "origin" in manifest else kind
-    return f"{manifest['name']}, {kind}, {manifest['ipc']} images per class"
+    images = "1 image" if manifest["ipc"] == 1 else f"{manifest['ipc']} images"
+    return f"{manifest['name']}, {kind}, {images} per class"
 
 
 def _configurations(manifest: dict[str, Any], data: dict[str, Written]) -> dict[str, Any]:

@@ -247,17 +247,9 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
                     mark = (net.model_dump_json(), recipe.source.model_dump_json())
                     if mark not in known:
                         with naming(f"{key}: {name}"):
-                            networks.build(
-                                net.arch,
-                                len(real.names),
-                                seed=0,
-                                args=net.args,
-                                stem=net.stem,
-                                image_size=recipe.source.size,
-                                input_size=net.input_size,
-                                mean=recipe.source.mean,
-                                std=recipe.source.std,
-                            )
+                            source, classes = recipe.source, len(real.names)
+                            face = {"image_size": source.size, "mean": source.mean, "std": source.std}
+                            networks.described(net, classes, seed=0, **face)
                     known.add(mark)
 
 

@@ -18,11 +18,11 @@ from . import labels, matching, moments, students, views, work
 from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Batch, Stored
-from .finished import observers_of, title
+from .finished import observers_of
 from .moments import Targets
 from .networks import Network
 from .observers import Observers
-from .recipe import Recipe, selected
+from .recipe import Recipe, selected, title
 from .sites import KINDS
 from .taps import Taps
 from .trials import Bench, Trial
@@ -163,7 +163,7 @@ def moment_distances(
                     "std": each.std().item(),
                     "classes": [float(f"{value:.4g}") for value in each.tolist()],
                 }
-        found[title(entry)] = own
+        found[title(*entry)] = own
     return {"draws": {row: len(draws) for row, draws in sets.items()}, "observers": found}
 
 
@@ -223,7 +223,7 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
             for who, found in {**logits, None: soft[rows].float()}.items():
                 rights.setdefault(who, []).append(found.argmax(1).cpu() == wanted)
     shares = {who: _shares(torch.cat(right, 1)) for who, right in rights.items()}
-    seen = {title(entry): {"roles": roles[entry], **shares[entry]} for entry in roles}
+    seen = {title(*entry): {"roles": roles[entry], **shares[entry]} for entry in roles}
     count = sum(right.shape[1] for right in rights[None])
     return {"views": count, "label_epochs": epochs, "observers": seen, "mean_label": shares[None]}
 
@@ -255,7 +255,7 @@ def agreement(
                 theirs.append(network(part.to(session.device).float() / 255).argmax(1).cpu())
         theirs = torch.cat(theirs)
         same = {weights: _share(theirs == predicted) for weights, predicted in own.items()}
-        found[title(entry)] = {"roles": roles, "accuracy": _share(theirs == classes), "agreement": same}
+        found[title(*entry)] = {"roles": roles, "accuracy": _share(theirs == classes), "agreement": same}
     return {
         "student": student,
         "protocol": bench.sections[student].protocol,

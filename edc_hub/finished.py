@@ -47,11 +47,6 @@ def observers_of(recipe: Recipe) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-def title(entry: tuple[str, int]) -> str:
-    """`resnet18@60`, or the name alone of loaded weights."""
-    return f"{entry[0]}@{entry[1]}" if entry[1] else entry[0]
-
-
 @dataclass
 class Finished:
     """A finished run; whatever is asked for is read then. Raises InputError for an artefact that is not there."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import __version__, canvas, codecs, randaugment, views
 from .errors import InputError
-from .recipe import Recipe, selected
+from .recipe import Recipe, selected, title
 from .tables import Written
 
 
@@ -59,7 +59,7 @@ def facts(
             "fingerprint": real.fingerprint,
         },
         "observers": [
-            {"name": f"{name}@{epoch}" if epoch else name, "roles": roles, **observers.facts(name, epoch)}
+            {"name": title(name, epoch), "roles": roles, **observers.facts(name, epoch)}
             for (name, epoch), roles in _roles(recipe, control).items()
         ],
         "soft_labels": {

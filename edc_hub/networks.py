@@ -7,7 +7,7 @@ Normalisation and the size a network wants belong to the face, so nothing else e
 import difflib
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 
 from .architectures import ConvNet, WideResNet, convnext_tiny, deit_tiny, mobilenet_v2, swin_tiny, vgg11_bn
 from .errors import InputError
+
+
+if TYPE_CHECKING:
+    from .protocol import Student
+    from .section import Network as Section
 
 
 SMALL = 64  # pixels; up to here stem: auto is the small one
@@ -124,6 +129,29 @@ def build(
     network = Network(module, facts | {"input_size": size if arch in ONE_SIZE else input_size})
     _check(network)
     return network
+
+
+def described(
+    given: "Section | Student",
+    classes: int,
+    *,
+    seed: int,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Network:
+    """The network that a recipe describes, as `build` makes it; `mean` and `std` where it names none of its own."""
+    return build(
+        given.arch,
+        classes,
+        seed=seed,
+        image_size=image_size,
+        mean=getattr(given, "mean", None) or mean,
+        std=getattr(given, "std", None) or std,
+        args=given.args,
+        stem=given.stem,
+        input_size=given.input_size,
+    )
 
 
 def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: bool) -> nn.Module:

@@ -136,17 +136,9 @@ def _configure(place: Path, recipe: Recipe, section: Section, names: list[str]) 
     library = section.arch.partition("/")[0]
     if library not in ("timm", "transformers"):
         return None
-    network = networks.build(
-        section.arch,
-        len(names),
-        seed=0,
-        args=section.args,
-        stem=section.stem,
-        image_size=recipe.source.size,
-        input_size=section.input_size,
-        mean=section.mean or recipe.source.mean,
-        std=section.std or recipe.source.std,
-    )
+    source = recipe.source
+    face = {"image_size": source.size, "mean": source.mean, "std": source.std}
+    network = networks.described(section, len(names), seed=0, **face)
     if network.facts["stem"] != "standard":  # another network than the one that its configuration would build
         return None
     {"timm": _timm, "transformers": _transformers}[library](place, network, names)

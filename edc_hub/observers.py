@@ -136,17 +136,8 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
-    return networks.build(
-        net.arch,
-        classes,
-        seed=seed,
-        args=net.args,
-        stem=net.stem,
-        image_size=source.size,
-        input_size=net.input_size,
-        mean=net.mean or source.mean,
-        std=net.std or source.std,
-    )
+    face = {"image_size": source.size, "mean": source.mean, "std": source.std}
+    return networks.described(net, classes, seed=seed, **face)
 
 
 def _published(arch: str) -> str:
@@ -268,7 +259,7 @@ def _report(given: recipe.Recipe, observers: Observers, session: Session, names:
     for name, epoch in dict.fromkeys(in_use):
         facts = observers.facts(name, epoch)
         accuracy, classes = facts["accuracy"], facts["classes"]
-        label = f"{name}@{epoch}" if epoch else name
+        label = recipe.title(name, epoch)
         session.report(f"  {label:<24}{accuracy:>8.1%} of the training images  {facts['arch']}, {facts['stem']} stem")
         if accuracy < min(2 / classes, (1 + 1 / classes) / 2):  # of two classes twice chance is everything
             raise InputError(

@@ -256,6 +256,11 @@ def snapshots(network: Network) -> list[int]:
     return sorted({*(network.train.snapshots or []), network.train.epochs})
 
 
+def title(name: str, epoch: int) -> str:
+    """A snapshot as recipes name it: `resnet18@60`, or the name alone of loaded weights."""
+    return f"{name}@{epoch}" if epoch else name
+
+
 def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
     """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last."""
     last = {net.name: (snapshots(net) or [0])[-1] for net in recipe.observers.networks}

@@ -13,7 +13,7 @@ from .feed import Teach
 from .networks import Network
 from .protocol import Evaluation
 from .recipe import Network as Section
-from .recipe import Recipe, Source, selected
+from .recipe import Recipe, Source, selected, title
 from .views import ViewTable
 from .work import Session
 
@@ -54,7 +54,7 @@ class Teachers:
             )
         networks = []
         for name, epoch in selected(recipe, recipe.relabel.observers):
-            known = found[f"{name}@{epoch}" if epoch else name]
+            known = found[title(name, epoch)]
             own = {"name": f"{name}-{epoch}" if epoch else name, "weights": known["weights"], "train": None}
             networks.append(sections[name].model_copy(update=own))
         return networks

@@ -94,17 +94,8 @@ class Bench:
         """A student with random weights. Raises InputError for a name or a size that does not work."""
         given, facts = self.students[name], self.sets[0].manifest["images"]
         try:
-            return networks.build(
-                given.arch,
-                len(self.sets[0].names),
-                seed=seed,
-                args=given.args,
-                stem=given.stem,
-                image_size=facts["size"],
-                input_size=given.input_size,
-                mean=facts["mean"],
-                std=facts["std"],
-            )
+            face = {"image_size": facts["size"], "mean": facts["mean"], "std": facts["std"]}
+            return networks.described(given, len(self.sets[0].names), seed=seed, **face)
         except InputError as error:
             raise InputError(f"evaluation.students: {name}: {error}") from error
 

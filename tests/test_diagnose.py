@@ -268,8 +268,8 @@ def test_agreement_is_on_the_holdout_with_the_student_that_evaluate_trains(diagn
     bench, name = run.bench(None, 1)
     [done] = bench.run([Trial("set", name, 0, 0, 0, run.condensed)])
     images, classes = bench.test
-    for entry in (("plain", 3), ("other", 3)):
-        seen, own = run.observers.load(*entry)(images / 255).argmax(1), found["observers"][finished.title(entry)]
+    for name in ("plain", "other"):
+        seen, own = run.observers.load(name, 3)(images / 255).argmax(1), found["observers"][f"{name}@3"]
         assert own["accuracy"] == pytest.approx(np.mean((seen == classes).numpy()))
         for weights, share in own["agreement"].items():
             assert share == pytest.approx(np.mean((seen == done.tensors[weights]).numpy()))
