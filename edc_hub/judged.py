@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from . import source
@@ -9,6 +10,9 @@ from .comparison import Comparison
 from .errors import InputError
 from .realset import RealSet
 from .recipe import Source
+
+
+BATCH = 500  # images that are decoded at a time
 
 
 def open_split(comparison: Comparison, section: Callable[[int], Source], size: int, names: list[str]) -> RealSet:
@@ -35,4 +39,7 @@ def centres(split: RealSet, size: int) -> tuple[Tensor, Tensor]:
     """The middle `size` pixels of every image of a split, uint8 (T, 3, size, size), and the classes int64 (T,)."""
     rows, edge = split.rows(), (split.size - size) // 2
     inner = slice(edge, edge + size)
-    return split.images(rows)[..., inner, inner].contiguous(), split.labels[rows]
+    found = torch.empty((len(rows), 3, size, size), dtype=torch.uint8)
+    for index, (images, *_) in enumerate(split.batches(rows, BATCH)):  # the whole images never lie in memory together
+        found[index * BATCH : (index + 1) * BATCH] = images[..., inner, inner]
+    return found, split.labels[rows]

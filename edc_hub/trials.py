@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -146,6 +147,14 @@ class Bench:
                 )
             if section.labels == "online":
                 _ = self.teachers.fingerprints
+
+        if self.comparison.upper_bound:
+            needed, free = len(self.real.rows()) * 3 * self.size**2, psutil.virtual_memory().available
+            if needed > free:
+                raise InputError(
+                    f"upper_bound: the real set takes {needed / 1e9:.1f} GB of memory at {self.size} px and "
+                    f"{free / 1e9:.1f} GB are free; leave it out, or use a machine with more"
+                )
 
     def unit(self, trial: Trial) -> Unit:
         section, whole = self._section(trial), trial.row == "upper_bound"

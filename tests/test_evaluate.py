@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
+import psutil
 import pytest
 import torch
 from helpers_evaluation import MACHINE, NAMES, STUDENT, condensed, write_source
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, evaluate, feed, trials, work
+from edc_hub import comparison, evaluate, feed, judged, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 
@@ -287,7 +288,8 @@ def test_a_timm_and_a_transformers_student_stand_beside_ours(toy_run, tmp_path):
 
 
 @pytest.mark.parametrize("side", [(20, 26), (33, 20), (24, 24)])
-def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, side):
+def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, monkeypatch, side):
+    monkeypatch.setattr(judged, "BATCH", 2)
     x, y = np.meshgrid(np.linspace(0, 255, side[0]), np.linspace(0, 255, side[1]))
     image = PIL.Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))  # a value is a place
     splits = {"train": [0, 1, 2] * 4, "test": [2, 0, 1]}
@@ -426,6 +428,12 @@ def test_classes_that_are_not_those_of_the_set_are_one_line(toy_run, tmp_path, c
     source = write_source(tmp_path / "toy", names=["red", "green", "violet"])
     line = refused(capsys, "--dataset", toy_run, *FEW, "--source.path", source, "--output_dir", tmp_path / "out")
     assert "source.path: toy has class 'violet' where the set has 'blue' (3 in the set)" in line
+
+
+def test_a_real_set_beyond_the_memory_is_one_line(toy_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    line = refused(capsys, "--dataset", toy_run, *FEW, "--upper_bound", "--output_dir", tmp_path / "out")
+    assert "upper_bound: the real set takes 0.0 GB of memory at 8 px and 0.0 GB are free; leave it out" in line
 
 
 def test_a_newer_format_and_a_set_without_soft_labels_are_one_line(lonely, toy_run, tmp_path, capsys):
