@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from . import arguments, documents, keys, published, recipes
 from .errors import InputError
@@ -116,10 +116,7 @@ def parse(argv: list[str] | None) -> Parsed:
 
 
 def _model(content: dict[str, Any]) -> Sweep:
-    try:
-        sweep = Sweep.model_validate(content)
-    except ValidationError as error:
-        raise InputError(keys.complaint(error, Sweep)) from error
+    sweep = keys.validated(Sweep, content)
     for name in ("set_seeds", "seeds", "weights"):
         values = getattr(sweep, name)
         if not values or len(set(values)) < len(values):

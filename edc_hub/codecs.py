@@ -84,4 +84,4 @@ def described(soft: dict[str, Any], classes: int) -> list[tuple[str, str]]:
             ("fill", "mean of all other logits, float16: what to read in their place where logits are learnt by MSE"),
         ],
         "observers": [],
-    }[soft["codec"].removesuffix("_float16")]
+    }[soft["codec"]]

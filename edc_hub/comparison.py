@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from . import arguments, documents, keys, recipes, rules
 from .errors import InputError
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> Parsed:
 
 def resolve(given: dict[str, Any]) -> Parsed:
     """What is asked for by keys and values, nested like a recipe, with the sets they name opened."""
-    asked = _model(given)
+    asked = keys.validated(Comparison, given)
     if not asked.dataset:
         raise InputError("dataset: none given; write --dataset FOLDER or --dataset ORG/NAME")
     if not asked.seeds:
@@ -94,7 +94,7 @@ def resolve(given: dict[str, Any]) -> Parsed:
     for place, condensed in zip(asked.dataset, sets, strict=True):
         _refuse_strange_run(place, condensed)
     _refuse_different(sets, asked.dataset)
-    comparison = _model(_resolved(given, sets[0]))
+    comparison = keys.validated(Comparison, _resolved(given, sets[0]))
     rules.validate_protocol(comparison.evaluation)
     _refuse_seen_holdout(comparison, sets[0])
     return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
@@ -110,13 +110,6 @@ def _usage() -> str:
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b.\n\n{flags}\n"
     )
     return "\n".join([head, *keys.help_lines(Comparison)])
-
-
-def _model(content: dict[str, Any]) -> Comparison:
-    try:
-        return Comparison.model_validate(content)
-    except ValidationError as error:
-        raise InputError(keys.complaint(error, Comparison)) from error
 
 
 def _folder(place: str) -> str:

@@ -6,6 +6,7 @@ Equal inputs give equal bytes. A folder is built beside its place and renamed in
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -134,7 +135,8 @@ class CondensedSet:
         """
         place = str(folder_or_id)
         if Path(place).is_dir():
-            folder, fetch, streaming = Path(place), lambda _: Path(place), False
+            folder = Path(os.path.abspath(place))  # a run is looked for above it
+            fetch, streaming = lambda _: folder, False
         else:
             folder = hub.fetch(place, revision, "manifest.json")
             fetch = partial(hub.fetch, place, folder.name)  # named by its commit: the rest comes from the same one

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from . import arguments, keys, launch
 from .errors import InputError
@@ -58,10 +58,7 @@ def command(argv: list[str]) -> None:
         print("\n".join([head, *keys.help_lines(Options)]))
         return
     named, given, _ = arguments.split(argv, Options, {})
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        raise InputError(keys.complaint(error, Options)) from error
+    options = keys.validated(Options, given)
     if len(named) != 1:
         raise InputError(f"diagnose: expected RUN, got {' '.join(named) or 'nothing'}; see --help")
     from . import finished

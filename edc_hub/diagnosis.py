@@ -18,11 +18,10 @@ from . import labels, matching, moments, students, views, work
 from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Batch, Stored
-from .finished import observers_of
 from .moments import Targets
 from .networks import Network
 from .observers import Observers
-from .recipe import Recipe, selected, title
+from .recipe import Recipe, roles, selected, title
 from .sites import KINDS
 from .taps import Taps
 from .trials import Bench, Trial
@@ -206,8 +205,8 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
     """
     section, size = recipe.relabel, condensed.manifest["soft_labels"]["view_size"]
     images, classes = condensed.pictures.to(session.device), condensed.of_pictures(condensed.labels)
-    roles = observers_of(recipe)
-    networks = {entry: watching.load(*entry) for entry in roles}
+    stages = roles(recipe)
+    networks = {entry: watching.load(*entry) for entry in stages}
     epochs = min(condensed.epochs, math.ceil(VIEWS / len(condensed.labels)))
     rights: dict[Any, list[Tensor]] = {}
     for number in range(epochs):
@@ -223,7 +222,7 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
             for who, found in {**logits, None: soft[rows].float()}.items():
                 rights.setdefault(who, []).append(found.argmax(1).cpu() == wanted)
     shares = {who: _shares(torch.cat(right, 1)) for who, right in rights.items()}
-    seen = {title(*entry): {"roles": roles[entry], **shares[entry]} for entry in roles}
+    seen = {title(*entry): {"roles": stages[entry], **shares[entry]} for entry in stages}
     count = sum(right.shape[1] for right in rights[None])
     return {"views": count, "label_epochs": epochs, "observers": seen, "mean_label": shares[None]}
 
@@ -248,14 +247,14 @@ def agreement(
     images, classes = bench.test
     own = {weights: done.tensors[weights].long() for weights in ("live", "ema")}
     found = {}
-    for entry, roles in observers_of(recipe).items():
+    for entry, stages in roles(recipe).items():
         network, theirs = watching.load(*entry), []
         for part in images.split(recipe.relabel.batch):
             with torch.no_grad(), session.autocast():
                 theirs.append(network(part.to(session.device).float() / 255).argmax(1).cpu())
         theirs = torch.cat(theirs)
         same = {weights: _share(theirs == predicted) for weights, predicted in own.items()}
-        found[title(*entry)] = {"roles": roles, "accuracy": _share(theirs == classes), "agreement": same}
+        found[title(*entry)] = {"roles": stages, "accuracy": _share(theirs == classes), "agreement": same}
     return {
         "student": student,
         "protocol": bench.sections[student].protocol,

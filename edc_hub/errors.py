@@ -1,4 +1,4 @@
-"""The exception a user can cause, and those that another process can."""
+"""The exception that a user can cause, and those that another process can."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,11 @@ class InputError(ValueError):
     The message is one line: the key or file, what is wrong with it, and what to write instead. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says first, for a message of one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class OtherFailed(RuntimeError):

@@ -177,7 +177,7 @@ def equal_bytes(real: RealSet, budget: int, section: Images, seed: int) -> tuple
     sizes: list[int] = []
     for rows in turns.split(256):
         sizes += map(len, encoding.encode(real.images(rows), section))
-        if sum(sizes) > budget:
+        if sum(sizes) > budget and len(sizes) >= len(orders):
             break
     fit = int((torch.tensor(sizes).cumsum(0) <= budget).sum())
     count = max(fit, len(orders))

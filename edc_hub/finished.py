@@ -12,22 +12,9 @@ from .condensed import CondensedSet
 from .errors import InputError
 from .protocol import Student, student_name
 from .realset import RealSet
-from .recipe import Recipe, selected
+from .recipe import Recipe
 from .trials import Bench, Trial
-from .work import Session, Store, Unit
-
-
-class Kept(Store):
-    """The artefacts beside a finished run, of which none may be made anew."""
-
-    def has(self, unit: Unit) -> bool:
-        """True. Raises InputError where the unit is missing."""
-        if not super().has(unit):
-            raise InputError(
-                f"run: {unit.stage}/{unit.name} is not in {self.root}, where the run's artefacts are looked for; "
-                "diagnose a run where it was condensed, on the same kind of device, or condense it again"
-            )
-        return True
+from .work import Kept, Session
 
 
 def recipe_of(run: Path) -> Recipe:
@@ -35,16 +22,6 @@ def recipe_of(run: Path) -> Recipe:
     if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
         raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
     return recipes.resolve(documents.load(run / "recipe.yaml"))
-
-
-def observers_of(recipe: Recipe) -> dict[tuple[str, int], list[str]]:
-    """The observers in use, (name, epoch), with the stages that use them."""
-    stages = {"synthesize": recipe.synthesize.observers} if recipe.synthesize.iterations else {}
-    found: dict[tuple[str, int], list[str]] = {}
-    for stage, entries in {**stages, "relabel": recipe.relabel.observers}.items():
-        for entry in dict.fromkeys(selected(recipe, entries)):
-            found.setdefault(entry, []).append(stage)
-    return found
 
 
 @dataclass

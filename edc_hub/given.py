@@ -6,7 +6,7 @@ Nothing here imports torch.
 from pathlib import Path
 from typing import NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from . import arguments, keys, recipes
 from .errors import InputError
@@ -59,10 +59,7 @@ def parse(argv: list[str]) -> Parsed:
     _, named, _ = arguments.split(own, Given, {})
     if "images" not in named:
         raise InputError("images: none given; write --images FOLDER or --images ORG/NAME")
-    try:
-        given = Given.model_validate(named)
-    except ValidationError as error:
-        raise InputError(keys.complaint(error, Given)) from error
+    given = keys.validated(Given, named)
     parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel")
     return Parsed(given, rest, _adapted(parsed.recipe, given), parsed.dry_run, parsed.print_recipe)
 

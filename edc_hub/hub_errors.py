@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 Say = Callable[[str], object]
@@ -159,10 +159,10 @@ def _writing(error: Exception, id: str) -> str | None:
     if isinstance(error, RepositoryNotFoundError):
         return f"{id}: not found on {endpoint}, or the token may not see it; {login}"
     if code is not None:
-        return f"{id}: {endpoint} answered {code} {said or _first_line(error)}; give the same command again to go on"
+        return f"{id}: {endpoint} answered {code} {said or first_line(error)}; give the same command again to go on"
     if _is_broken(error):
         return (
-            f"HF_ENDPOINT: {endpoint} cannot be reached ({_first_line(error)}); look at the network and give the same "
+            f"HF_ENDPOINT: {endpoint} cannot be reached ({first_line(error)}); look at the network and give the same "
             "command again to go on"
         )
     return None
@@ -170,10 +170,6 @@ def _writing(error: Exception, id: str) -> str | None:
 
 def _is_default(endpoint: str) -> bool:
     return endpoint.rstrip("/") == "https://huggingface.co"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _without_token(text: str) -> str:

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from . import canvas, rded, work
 from .errors import InputError
 from .pixels import to_float
-from .recipe import Recipe, selected
+from .recipe import Recipe, users
 from .source import RealSet, check_ipc
 from .work import Session, Unit
 
@@ -39,11 +39,11 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
     """The initial images; a class is a unit of work. Raises InputError as `check` does."""
     check(recipe, real)
     section, grid = recipe.initialize, recipe.images.grid
-    chosen = _observers(recipe)
+    chosen = users(recipe).get("initialize", [])
     seen = {
         "source": real.fingerprint,
         "observers": [observers.fingerprint(*entry) for entry in chosen],
-        "precision": recipe.precision if chosen else None,
+        "precision": session.precision if chosen else None,
     }
     inputs = work.fingerprint("initial", VERSION, **_facts(recipe), **seen)
     labels = {Unit("initial", f"class-{label:04d}", inputs): label for label in range(len(real.names))}
@@ -112,13 +112,6 @@ def _of_pictures(recipe: Recipe) -> Recipe:
 def random_rows(real: RealSet, ipc: int, generator: Generator) -> Tensor:
     """Rows int64 (C*ipc,) of random real images, class-major, without replacement."""
     return torch.cat([_draw(real.rows(label), ipc, generator) for label in range(len(real.names))])
-
-
-def _observers(recipe: Recipe) -> list[tuple[str, int]]:
-    if recipe.initialize.kind not in ("rded", "kmeans"):
-        return []
-    chosen = selected(recipe, recipe.initialize.observers)
-    return chosen[:1] if recipe.initialize.kind == "kmeans" else chosen
 
 
 def _facts(recipe: Recipe) -> dict:

@@ -40,6 +40,6 @@ def centres(split: RealSet, size: int) -> tuple[Tensor, Tensor]:
     rows, edge = split.rows(), (split.size - size) // 2
     inner = slice(edge, edge + size)
     found = torch.empty((len(rows), 3, size, size), dtype=torch.uint8)
-    for index, (images, *_) in enumerate(split.batches(rows, BATCH)):  # the whole images never lie in memory together
+    for index, (images, *_) in enumerate(split.batches(rows, BATCH)):  # at `test_resize` they may not all fit
         found[index * BATCH : (index + 1) * BATCH] = images[..., inner, inner]
     return found, split.labels[rows]

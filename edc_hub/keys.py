@@ -5,13 +5,17 @@ import json
 import types
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from .errors import InputError
 from .recipe import Recipe, Section
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Key(NamedTuple):
@@ -96,6 +100,14 @@ def help_lines(section: type[Section] = Recipe, above: str = "") -> Iterator[str
         else:
             yield f"\n{key.path}: {key.field.description}{'; a list of entries with these keys' * listed}"
             yield from help_lines(key.section, f"{key.path}{'[]' * listed}.")
+
+
+def validated(section: type[S], content: Any) -> S:
+    """`content` as a section. Raises InputError with the first complaint."""
+    try:
+        return section.model_validate(content)
+    except ValidationError as error:
+        raise InputError(complaint(error, section)) from error
 
 
 def complaint(error: ValidationError, root: type[Section] = Recipe) -> str:

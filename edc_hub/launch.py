@@ -163,10 +163,9 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise InputError("device: cuda is asked for and torch sees none; write --device cpu or --device auto")
     cpu = recipe.device == "cpu" or not torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     # accelerate and torchrun leave one thread a process on a CPU machine
-    torch.set_num_threads(recipe.threads or max(1, cores // local))
+    torch.set_num_threads(recipe.threads or max(1, cores // local_processes()))
     _quiet()
     if cpu:
         keep_freed_memory()
@@ -182,6 +181,11 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     )
     # not after an error: others may be in a barrier, to be ended by the launcher, and NCCL would wait for them here
     state.destroy_process_group()
+
+
+def local_processes() -> int:
+    """Processes of this command on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def device_name(running: "Session") -> str:

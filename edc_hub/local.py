@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from . import matching
+from . import matching, moments
 from .moments import Targets
 from .networks import Network
 from .recipe import Recipe
@@ -40,13 +40,8 @@ def retarget(
     """
     taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers)
     taps.shift = targets.global_mean
-    first, second = [], []
-    for part in images.split(recipe.moments.batch):
-        with torch.no_grad(), session.autocast(), taps:
-            network(part.to(session.device).float() / 255)
-        moments = taps.collect()
-        first.append(moments[0])
-        second.append(moments[1])
+    parts = [moments.forward(network, taps, part, session) for part in images.split(recipe.moments.batch)]
+    first, second = (torch.cat(each) for each in zip(*parts, strict=True))
     weights = weights.to(session.device)[None]
-    mean, var = matching.group(torch.cat(first), torch.cat(second), targets.global_mean, weights)
+    mean, var = matching.group(first, second, targets.global_mean, weights)
     return targets._replace(mixture_mean=mean[0], mixture_var=var[0])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import __version__, canvas, codecs, randaugment, views
 from .errors import InputError
-from .recipe import Recipe, selected, title
+from .recipe import Recipe, roles, title
 from .tables import Written
 
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = "2.0"  # what is read
 _PLAIN = "1.0"  # of a set whose images are no canvases, which a reader of 1.0 understands
+_NOT_SEEN = {None: (), "initial": ("synthesize",), "random": ("initialize", "synthesize")}  # stages, by control
 _LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
 
 
@@ -59,8 +60,8 @@ def facts(
             "fingerprint": real.fingerprint,
         },
         "observers": [
-            {"name": title(name, epoch), "roles": roles, **observers.facts(name, epoch)}
-            for (name, epoch), roles in _roles(recipe, control).items()
+            {"name": title(name, epoch), "roles": stages, **observers.facts(name, epoch)}
+            for (name, epoch), stages in roles(recipe, but=_NOT_SEEN[control]).items()
         ],
         "soft_labels": {
             **codecs.facts(section),
@@ -78,20 +79,6 @@ def facts(
             **{name: version(name) for name in _LIBRARIES},
         },
     }
-
-
-def _roles(recipe: Recipe, control: str | None) -> dict[tuple[str, int], list[str]]:
-    """Which stages of this set each observer (name, epoch) served."""
-    stages = {"relabel": recipe.relabel.observers}
-    if control != "random" and recipe.initialize.kind in ("rded", "kmeans"):
-        stages["initialize"] = recipe.initialize.observers
-    if control is None and recipe.synthesize.iterations:
-        stages["synthesize"] = recipe.synthesize.observers
-    roles: dict[tuple[str, int], list[str]] = {}
-    for stage, entries in stages.items():
-        for observer in selected(recipe, entries):
-            roles.setdefault(observer, []).append(stage)
-    return roles
 
 
 def read(path: Path, place: str) -> dict[str, Any]:

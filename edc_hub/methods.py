@@ -142,7 +142,7 @@ def obtain(
         code=hashlib.sha256(_source(function)).hexdigest(),
         recipe=seen.model_dump(mode="json", exclude={*unseen, "source", "observers", "precision"}),
         space=[recipe.source.mean, recipe.source.std],
-        precision=recipe.precision if session.device.type != "cpu" else "float32",
+        precision=session.precision,
         real=real.fingerprint,
         observers=[
             observers.fingerprint(net.name, epoch)

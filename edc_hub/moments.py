@@ -199,7 +199,7 @@ def _settings(recipe: Recipe, real: RealSet, session: Session) -> dict:
     section = recipe.moments
     settings = {"source": real.fingerprint, "stream": recipe.source.streaming}
     settings |= {key: getattr(section, key) for key in ("batch", "rows", "patch", "augment")}
-    settings["precision"] = recipe.precision if session.device.type != "cpu" else "float32"
+    settings["precision"] = session.precision
     view = _view(recipe)
     return settings if view is None else {**settings, "view": list(view)}
 

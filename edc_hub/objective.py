@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import canvas, matching
 from .crops import Crop, Mix
-from .errors import InputError
+from .errors import InputError, first_line
 from .levers import Flatness
 from .matching import Matcher
 from .moments import Targets
@@ -123,7 +123,7 @@ def _taps(network: Network, targets: Targets, side: int, recipe: Recipe) -> Taps
     except RuntimeError as error:
         if recipe.synthesize.sizes is None:
             raise
-        reason, arch = str(error).strip().splitlines()[0], network.facts["arch"]
+        reason, arch = first_line(error), network.facts["arch"]
         raise InputError(f"synthesize.sizes: {arch} cannot take views of {side} px ({reason}); use others") from error
     if len(targets.global_mean) != taps.layout.size:
         raise InputError(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import networks, recipe, weights
+from . import methods, networks, recipe, weights
 from .errors import InputError
 from .networks import Network
 from .pixels import View
@@ -55,7 +55,7 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     """Trains or loads every observer of the recipe that is not there yet; a unit of work is one observer.
 
     Networks and weights of all missing ones are built and read before the first is trained. Raises InputError for
-    those that do not fit, and for an observer in use whose accuracy on training images is below twice chance.
+    those that do not fit, and for an observer in use whose accuracy on training images is below `least_accuracy`.
     """
     classes, sections = len(real.names), {net.name: net for net in given.observers.networks}
     found: dict[str, weights.Weights] = {}
@@ -99,7 +99,7 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
         return tensors, facts
 
-    matched = dict(recipe.selected(given, given.synthesize.observers)) if given.synthesize.iterations else {}
+    matched = {} if methods.find(given.method) else dict(recipe.users(given).get("synthesize", []))
     for unit in units.values():
         if not session.store.has(unit):
             network = start(unit.name, 0)
@@ -111,6 +111,11 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
             run(some, make, session, seed=given.observers.seed, label="observers")
             _report(given, observers, session, {unit.name for unit in some})
     return observers
+
+
+def least_accuracy(classes: int) -> float:
+    """Below it a network sees next to nothing: twice chance, of two or three classes half way from chance to all."""
+    return min(2 / classes, (1 + 1 / classes) / 2)
 
 
 def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
@@ -252,18 +257,15 @@ def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session
 
 def _report(given: recipe.Recipe, observers: Observers, session: Session, names: set[str]) -> None:
     """Prints the accuracy of those of `names` that are in use and refuses those that see next to nothing."""
-    stages = [given.relabel.observers]
-    stages += [given.synthesize.observers] if given.synthesize.iterations else []
-    stages += [given.initialize.observers] if given.initialize.kind in ("rded", "kmeans") else []
-    in_use = [entry for stage in stages for entry in recipe.selected(given, stage) if entry[0] in names]
+    in_use = [entry for entries in recipe.users(given).values() for entry in entries if entry[0] in names]
     for name, epoch in dict.fromkeys(in_use):
         facts = observers.facts(name, epoch)
         accuracy, classes = facts["accuracy"], facts["classes"]
         label = recipe.title(name, epoch)
         session.report(f"  {label:<24}{accuracy:>8.1%} of the training images  {facts['arch']}, {facts['stem']} stem")
-        if accuracy < min(2 / classes, (1 + 1 / classes) / 2):  # of two classes twice chance is everything
+        if accuracy < (least := least_accuracy(classes)):
             raise InputError(
-                f"observers.networks: {label} is right on {accuracy:.1%} of the training images, below twice chance "
+                f"observers.networks: {label} is right on {accuracy:.1%} of the training images, below {least:.1%} "
                 f"({classes} classes); check mean {facts['mean']}, std {facts['std']}, input_size and stem "
                 f"({facts['stem']}) against those it was trained with" + (", or its lr and epochs" if epoch else "")
             )

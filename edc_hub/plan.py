@@ -22,6 +22,7 @@ from . import (
     labels,
     launch,
     matching,
+    moments,
     observers,
     rded,
     source,
@@ -30,7 +31,7 @@ from . import (
     work,
 )
 from .moments import Targets
-from .recipe import Recipe, selected
+from .recipe import Recipe, users
 from .source import RealSet
 from .taps import Taps
 from .work import Session
@@ -68,15 +69,19 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     def clock(call: Callable[..., object], *arguments: Any) -> float:
         return _clock(partial(call, *arguments), session)
 
-    look = {name: clock(_forward, network, images) / size for name, network in networks.items()}
+    look = {name: clock(_forward, network, images, session) / size for name, network in networks.items()}
 
-    def looks(entries: list[str] | None) -> float:
-        return sum(look[name] for name, _ in selected(recipe, entries))
+    in_use = {stage: [name for name, _ in entries] for stage, entries in users(recipe).items()}
+
+    def looks(stage: str) -> float:
+        return sum(look[name] for name in in_use.get(stage, []))
 
     training = [net for net in recipe.observers.networks if net.train is not None]
     steps = {net.name: net.train.epochs * count / min(net.train.batch, size) for net in training}
     batches = {net.name: (images[: net.train.batch], labels[: net.train.batch]) for net in training}
-    trained = sum(clock(_train_step, networks[name], *batches[name]) * number for name, number in steps.items())
+    trained = sum(
+        clock(_train_step, networks[name], *batches[name], session) * number for name, number in steps.items()
+    )
 
     start = recipe.initialize
     crops = classes * start.images_per_class * start.crops
@@ -85,8 +90,9 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     scored = {"rded": crops, "kmeans": classes * start.images_per_class}
 
     section = recipe.synthesize
-    matched = [name for name, _ in selected(recipe, section.observers)] if section.iterations else []
-    measured = sum(clock(_tapped, recipe, networks[name], images) for name in set(matched)) / size
+    matched = in_use.get("synthesize", [])
+    taps = {name: Taps(networks[name], patch=recipe.moments.patch) for name in matched}
+    measured = sum(clock(moments.forward, networks[name], tap, images, session) for name, tap in taps.items()) / size
     block = images[:together], labels[:together].sort().values
     each = sum(clock(_iteration, recipe, networks[name], *block, session) for name in matched) / max(1, len(matched))
     blocks = -(-total // section.block)
@@ -100,9 +106,9 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     return {
         "observers": trained / max(1, min(processes, len(training))),
         "moments": measured * count / processes,
-        "initialize": looks(start.observers) * scored.get(start.kind, 0) / processes,
+        "initialize": looks("initialize") * scored.get(start.kind, 0) / processes,
         "synthesize": each * section.iterations * busiest,
-        "relabel": (looks(recipe.relabel.observers) + viewed) * labelled * total / processes,
+        "relabel": (looks("relabel") + viewed) * labelled * total / processes,
     }
 
 
@@ -118,20 +124,16 @@ def _clock(call: Callable[[], object], session: Session) -> float:
     return min(times[1:])
 
 
-def _forward(network, images: Tensor) -> Tensor:
-    with torch.no_grad():
+def _forward(network, images: Tensor, session: Session) -> Tensor:
+    with torch.no_grad(), session.autocast():
         return network(images.float() / 255)
 
 
-def _tapped(recipe: Recipe, network, images: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.no_grad(), (taps := Taps(network, patch=recipe.moments.patch)):
-        network(images.float() / 255)
-    return taps.collect()
-
-
-def _train_step(network, images: Tensor, labels: Tensor) -> None:
+def _train_step(network, images: Tensor, labels: Tensor, session: Session) -> None:
     network.train().requires_grad_(True)
-    F.cross_entropy(network(images.float() / 255), labels).backward()
+    with session.autocast():
+        loss = F.cross_entropy(network(images.float() / 255), labels)
+    loss.backward()
     network.eval().requires_grad_(False).zero_grad()
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import constants
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from . import arguments, contents, hub, keys, launch
 from .contents import OBSERVERS
@@ -46,10 +46,7 @@ def command(argv: list[str]) -> None:
         print(_usage())
         return
     named, given, flags = arguments.split(argv, Options, _FLAGS)
-    try:
-        options = Options.model_validate(given)
-    except ValidationError as error:
-        raise InputError(keys.complaint(error, Options)) from error
+    options = keys.validated(Options, given)
     if len(named) != 2:
         raise InputError(f"publish: expected RUN and ORG/NAME, got {' '.join(named) or 'nothing'}; see --help")
     if not launch.is_first():  # under a launcher

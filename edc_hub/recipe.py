@@ -4,6 +4,7 @@ A key's help text is its `Field(description=...)`; `--help` prints it. Where a d
 text names the table. Nothing here imports torch: a wrong recipe is refused within a second.
 """
 
+from collections.abc import Collection
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -254,6 +255,26 @@ def snapshots(network: Network) -> list[int]:
     if network.train is None:
         return []
     return sorted({*(network.train.snapshots or []), network.train.epochs})
+
+
+def users(recipe: Recipe) -> dict[str, list[tuple[str, int]]]:
+    """The observers (name, epoch) that each stage looks through; stages that need none are left out."""
+    found = {"relabel": selected(recipe, recipe.relabel.observers)}
+    if recipe.initialize.kind in ("rded", "kmeans"):
+        chosen = selected(recipe, recipe.initialize.observers)
+        found["initialize"] = chosen[:1] if recipe.initialize.kind == "kmeans" else chosen
+    if recipe.synthesize.iterations:
+        found["synthesize"] = selected(recipe, recipe.synthesize.observers)
+    return found
+
+
+def roles(recipe: Recipe, but: Collection[str] = ()) -> dict[tuple[str, int], list[str]]:
+    """The stages that look through each observer (name, epoch) in use, `but` for those stages."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for stage, entries in users(recipe).items():
+        for entry in entries if stage not in but else ():
+            found.setdefault(entry, []).append(stage)
+    return found
 
 
 def title(name: str, epoch: int) -> str:

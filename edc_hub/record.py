@@ -22,7 +22,7 @@ def outcome(done: "Done", bench: "Bench") -> "Outcome":
     from .accuracy import top1
     from .results import Outcome
 
-    trial, truth = done.trial, bench.test[1]
+    trial, truth = done.trial, bench.truth
     live, ema = (top1(done.tensors[key].long(), truth) for key in ("live", "ema"))
     steps, seconds = done.facts["steps"], done.facts["seconds"]
     return Outcome(trial.row, trial.student, trial.set, trial.draw, trial.seed, live, ema, steps, seconds)
@@ -38,7 +38,7 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
     for row in dict.fromkeys(each.trial.row for each in done):
         own = [each.facts for each in done if each.trial.row == row]
         images, bytes_ = (_mean([facts[key] for facts in own]) for key in ("images", "bytes"))
-        rows[row] = {"images": images, "bytes": bytes_, "note": ""}
+        rows[row] = {"images": images, "bytes": bytes_}
     plain = {name for name, entry in bench.students.items() if not entry.args and entry.input_size is None}
     return {
         "set": {
@@ -57,7 +57,7 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
             "id": judged.id,
             "commit": judged.commit,
             "fingerprint": judged.fingerprint,
-            "images": len(bench.test[1]),
+            "images": len(bench.truth),
             "transform": f"shorter side {resize}, centre crop {size}" if resize else f"{size} px, none",
         },
         "bytes": bench.bytes(first, asked.evaluation.labels),

@@ -137,10 +137,11 @@ def _refuse_other_images(manifest: Path, foreign: "Foreign") -> None:
 def _say_agreement(dataset: Path, session: "Session") -> None:
     """How many images the observers put in the class they came with: next to none where classes are mixed up."""
     from .condensed import CondensedSet
+    from .observers import least_accuracy
 
     made = CondensedSet.load(dataset)
     share = (made.soft_labels.argmax(1) == made.labels).float().mean().item()
-    doubt = "; are the classes numbered as in the recipe's source?" if share < 2 / len(made.names) else ""
+    doubt = "; are the classes numbered as in the recipe's source?" if share < least_accuracy(len(made.names)) else ""
     session.report(f"the observers see the given class in {share:.1%} of the images{doubt}")
 
 

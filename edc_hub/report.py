@@ -119,9 +119,7 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         live, ema = (_percent(found[weights]["mean"], found[weights]["std"]) for weights in WEIGHTS)
         images = f"{about_row['images']:,}"
         size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
-        yield Line(
-            title, str(found["n"]), live, ema, images, size, "; ".join(filter(None, [*notes, about_row["note"]]))
-        )
+        yield Line(title, str(found["n"]), live, ema, images, size, "; ".join(notes))
 
 
 def _notes(each: list[dict[str, Any]]) -> list[str]:

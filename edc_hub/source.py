@@ -20,11 +20,10 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
 from . import digits, folders, recipe, work
 from .errors import InputError
-from .pixels import View
 from .realset import RealSet, Stored, Stream
 
 
-__all__ = ["Opened", "RealSet", "View", "check_ipc", "load"]
+__all__ = ["Opened", "RealSet", "check_ipc", "load"]
 
 VERSION = 1  # of what a fingerprint stands for: decoding, squaring, the draw of the holdout
 

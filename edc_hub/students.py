@@ -143,13 +143,14 @@ def train(
         mininterval=1,
     )
     cuda = [session.device] if session.device.type == "cuda" else []
-    live = averaged = torch.empty(0)
     with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
         for epoch in range(first, section.epochs):
             rng = generator(seed, STAGE, f"epoch {epoch}")
             torch.manual_seed(int(torch.randint(2**48, (), generator=rng)))
-            kept = section.schedule == "alrs"
-            lr = section.lr * (alrs(section, history[:epoch, 0]) if kept else rate(section, epoch, section.epochs))
+            if section.schedule == "alrs":
+                lr = section.lr * alrs(section, history[:epoch, 0])
+            else:
+                lr = section.lr * rate(section, epoch, section.epochs)
             learner.begin(lr)
             total = torch.zeros((), device=session.device)
             for batch in feed.epoch(epoch, rng):

@@ -63,8 +63,8 @@ def optimise(
         generator: of this block; every draw comes from it.
         progress: saves inside the block.
         watch: called before each step's update with the step, z (B, 3, s, s) and the step's loss as a function of z;
-            what it does changes nothing. Gradients of the loss cannot be differentiated again: the taps' backward
-            is written out, so a product with the Hessian is a difference of gradients.
+            what it does changes nothing. Gradients of the loss cannot be differentiated again, as the taps'
+            backward is written out; `curvature` has a loss that can.
 
     Returns:
         float32 (B, 3, s, s), the last iterate in normalised space, and float32 (T,), the loss of each step.
@@ -102,10 +102,11 @@ def optimise(
         if step % 50 == 0:
             bar.set_postfix(loss=f"{losses[step]:.3f}")
         progress.save(lambda done=done: _saved(done, z, average, adam, losses, observed, generator))
-    broken = (~losses.isfinite()).nonzero().tolist()
+    broken = (~losses.isfinite()).nonzero().flatten().tolist()
+    broken += [] if z.isfinite().all() else [section.iterations]
     if broken:  # its pixels are no numbers either, and would be published as black
         remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
-        raise InputError(f"synthesize: the loss is no number from step {broken[0][0]} on; {remedy}")
+        raise InputError(f"synthesize: the loss is no number from step {broken[0]} on; {remedy}")
     return z.detach(), losses
 
 
@@ -155,7 +156,7 @@ def obtain(
     labels = torch.arange(len(real.names)).repeat_interleave(recipe.ipc)
     settings = {
         "seed": recipe.seed,
-        "precision": recipe.precision if session.device.type != "cpu" else "float32",
+        "precision": session.precision,
         "synthesize": _facts(section),
         "moments": moments.fingerprint(chosen),
         "source": [recipe.source.mean, recipe.source.std],

@@ -15,7 +15,7 @@ from .protocol import Evaluation
 from .recipe import Network as Section
 from .recipe import Recipe, Source, selected, title
 from .views import ViewTable
-from .work import Session
+from .work import Kept, Session
 
 
 class Teachers:
@@ -31,7 +31,7 @@ class Teachers:
     @cached_property
     def _recipe(self) -> Recipe:
         run, given = self._condensed.run, self._section.teachers
-        if run and not given:  # as it is, so that the run's own observers are found and none is trained
+        if run and not given:  # as it is, so that the run's own observers are found
             return recipes.resolve(documents.load(run / "recipe.yaml"))
         recipe = recipes.resolve(self._condensed.recipe)
         mode = "running" if given else recipe.relabel.observer_mode  # others' networks do not label as the set's did
@@ -61,7 +61,10 @@ class Teachers:
 
     @cached_property
     def _observers(self) -> observers.Observers:
-        return observers.obtain(self._recipe, source.load(self._recipe.source), self._own_session)
+        session = self._own_session
+        if self._condensed.run and not self._section.teachers:
+            session = replace(session, store=Kept(session.store.root))
+        return observers.obtain(self._recipe, source.load(self._recipe.source), session)
 
     @property
     def _own_session(self) -> Session:

@@ -9,7 +9,7 @@ from huggingface_hub import _CACHED_NO_EXIST, DatasetCard, hf_hub_download, try_
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from . import documents, hub_errors
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 _HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def _card(source: str, path: str, commit: str | None) -> DatasetCard | None:
         return None
     except OSError as error:
         raise InputError(
-            f"source.path: the card of {source}, which states its license, cannot be read ({_first_line(error)}); "
+            f"source.path: the card of {source}, which states its license, cannot be read ({first_line(error)}); "
             "give the same command again once it can"
         ) from error
 
@@ -65,7 +65,3 @@ def _download(source: str, commit: str) -> Path | None:
         return Path(hub_errors.steady(lambda: hf_hub_download(source, "README.md", **options)))
     except RemoteEntryNotFoundError:
         return None
-
-
-def _first_line(error: OSError) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -91,6 +91,11 @@ class Bench:
         """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
         return judged.centres(self.judged_on, self.size)
 
+    @property
+    def truth(self) -> Tensor:
+        """The classes of the test images, int64 (T,); reads no image."""
+        return self.judged_on.labels[self.judged_on.rows()]
+
     def network(self, name: str, seed: int) -> Network:
         """A student with random weights. Raises InputError for a name or a size that does not work."""
         given, facts = self.students[name], self.sets[0].manifest["images"]
@@ -149,12 +154,20 @@ class Bench:
                 _ = self.teachers.fingerprints
 
         if self.comparison.upper_bound:
-            needed, free = len(self.real.rows()) * 3 * self.size**2, psutil.virtual_memory().available
-            if needed > free:
-                raise InputError(
-                    f"upper_bound: the real set takes {needed / 1e9:.1f} GB of memory at {self.size} px and "
-                    f"{free / 1e9:.1f} GB are free; leave it out, or use a machine with more"
-                )
+            self._check_memory()
+
+    def _check_memory(self) -> None:
+        """Raises InputError where the whole real set, once in each process that trains on it, does not fit."""
+        size, device = len(self.real.rows()) * 3 * self.size**2, self.session.device
+        students = len(self.sections) * len(self.comparison.seeds)
+        needed, free = size * min(launch.local_processes(), students), psutil.virtual_memory().available
+        if device.type == "cuda" and (on_device := torch.cuda.mem_get_info(device)[0]) < size:
+            needed, free = size, on_device
+        if needed > free:
+            raise InputError(
+                f"upper_bound: the real set takes {needed / 1e9:.1f} GB of memory at {self.size} px and "
+                f"{free / 1e9:.1f} GB are free; leave it out, or use a machine with more"
+            )
 
     def unit(self, trial: Trial) -> Unit:
         section, whole = self._section(trial), trial.row == "upper_bound"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import randaugment
-from .recipe import Relabel
+from .section import ViewSettings
 
 
 VERSION = 1  # of the meaning of a row; raised when the same row would yield other pixels
@@ -26,7 +26,9 @@ stored rows count canvases, with `tile` and `mix_tile` int8 beside them (canvas.
 _OWN = ("crop", "flip", "augment", "shuffle")  # what a view has before it is mixed
 
 
-def sample(section: Relabel, image_ids: Tensor, size: int, generator: torch.Generator, *, epoch: int = 0) -> ViewTable:
+def sample(
+    section: ViewSettings, image_ids: Tensor, size: int, generator: torch.Generator, *, epoch: int = 0
+) -> ViewTable:
     """Draws one batch of views.
 
     Args: image_ids (B,) integers; size: side of the stored images; generator: on the CPU.

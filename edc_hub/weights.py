@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .networks import Network
 
 
@@ -159,7 +159,7 @@ def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
         except OSError as error:
             if isinstance(error, LocalEntryNotFoundError) and name != names[-1]:
                 continue  # without a network: what the cache has
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise InputError(
                 f"weights: cannot get {repo} from the Hub ({reason}); check the id or give a file"
             ) from error
@@ -172,7 +172,7 @@ def _transformers(name: str, **options: Any) -> dict[str, Tensor]:
     try:
         return AutoModelForImageClassification.from_pretrained(name, **options).state_dict()
     except (OSError, ValueError) as error:
-        raise InputError(f"weights: {name}: {str(error).splitlines()[0]}; give an image classifier") from error
+        raise InputError(f"weights: {name}: {first_line(error)}; give an image classifier") from error
 
 
 def _timm(name: str) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _timm(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except (OSError, RuntimeError, KeyError) as error:
-        raise InputError(f"weights: {name}: {str(error).splitlines()[0]}; give a repository that timm made") from error
+        raise InputError(f"weights: {name}: {first_line(error)}; give a repository that timm made") from error
 
 
 def _read(path: Path) -> Any:

@@ -140,6 +140,19 @@ class Store:
             return json.loads(file.metadata()["facts"])
 
 
+class Kept(Store):
+    """The artefacts of a finished run, of which none may be made anew."""
+
+    def has(self, unit: Unit) -> bool:
+        """True. Raises InputError where the unit is missing."""
+        if not super().has(unit):
+            raise InputError(
+                f"run: {unit.stage}/{unit.name} is not in {self.root}, where the run's artefacts are looked for; give "
+                "the command where the run was condensed, on the same kind of device, or condense it again"
+            )
+        return True
+
+
 class Progress:
     """Saves inside one long unit, so that a killed run loses at most `seconds` of it.
 
@@ -184,6 +197,11 @@ class Session:
     def arithmetic(self) -> torch.dtype:
         """That of the networks: `dtype` on an accelerator, float32 on a CPU."""
         return torch.float32 if self.device.type == "cpu" else self.dtype
+
+    @property
+    def precision(self) -> str:
+        """`arithmetic` as the recipe names it."""
+        return str(self.arithmetic).removeprefix("torch.")
 
     def autocast(self) -> torch.autocast:
         """Mixed precision where `precision` asks for it and the device is an accelerator."""

@@ -9,13 +9,16 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers_labels import CLASSES, COUNT, IPC, noise, written
 from hub import Hub, python
 from huggingface_hub import DatasetCard
 from PIL import Image
 
-from edc_hub import CondensedSet, card, documents, recipes
+from edc_hub import CondensedSet, card, documents, recipes, snippets, students
 from edc_hub.card import with_results
+from edc_hub.feed import Batch
+from edc_hub.protocol import Evaluation
 
 
 def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
@@ -55,6 +58,26 @@ def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
         [sys.executable, "-c", example + check], env=env, cwd=dataset.parent, capture_output=True, text=True
     )
     assert done.stdout.split() == ["trained", "2"], done.stderr
+
+
+@pytest.mark.parametrize("loss", ["mse_ce", "kl", "cosine", "ce"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_the_example_has_loss_and_optimiser_of_the_protocol(dataset, monkeypatch, loss, optimizer):
+    values = {"loss": loss, "optimizer": optimizer, "lr": 0.003, "momentum": 0.7, "weight_decay": 0.02, "epochs": 1}
+    section = Evaluation.model_validate({**values, "temperature": 4.0, "ce_weight": 0.3, "batch": 5})
+    monkeypatch.chdir(dataset.parent)
+    exec(snippets.example(json.loads((dataset / "manifest.json").read_text()), section, "dataset"), found := {})
+    batch, logits = found["batch"], found["logits"]
+    share = torch.ones(len(logits))
+    whole = Batch(x=logits, soft=batch["soft_label"], label=batch["label"], mixed=batch["label"], share=share)
+    torch.testing.assert_close(found["loss"], students.loss_of(section, logits, whole))
+    group = found["optimizer"].param_groups[0]
+    assert type(found["optimizer"]).__name__.lower() == optimizer and len(logits) == 5
+    assert (group["lr"], group["weight_decay"], group.get("momentum")) == (
+        0.003,
+        0.02,
+        0.7 if optimizer == "sgd" else None,
+    )
 
 
 def test_the_replay_of_the_card_runs(dataset, monkeypatch):

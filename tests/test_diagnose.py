@@ -254,7 +254,7 @@ def test_views_are_counted_as_replayed(diagnosed, toy_run, session):
     for name, own in right.items():
         assert found["observers"][name]["first"] == pytest.approx(np.mean(own))
         assert found["observers"][name]["either"] >= found["observers"][name]["first"]
-        assert found["observers"][name]["roles"] == ["synthesize", "relabel"]
+        assert found["observers"][name]["roles"] == ["relabel", "synthesize"]
 
 
 def test_agreement_is_on_the_holdout_with_the_student_that_evaluate_trains(diagnosed, toy_run, tmp_path, session):

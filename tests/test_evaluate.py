@@ -24,6 +24,7 @@ from toys import png, write_parquet
 from edc_hub import comparison, evaluate, feed, judged, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
+from edc_hub.recipe import Images
 
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
@@ -428,6 +429,15 @@ def test_classes_that_are_not_those_of_the_set_are_one_line(toy_run, tmp_path, c
     source = write_source(tmp_path / "toy", names=["red", "green", "violet"])
     line = refused(capsys, "--dataset", toy_run, *FEW, "--source.path", source, "--output_dir", tmp_path / "out")
     assert "source.path: toy has class 'violet' where the set has 'blue' (3 in the set)" in line
+
+
+def test_bytes_of_one_real_image_a_class_are_of_all_classes():
+    pixels = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    real = SimpleNamespace(
+        names=list(range(300)), rows=lambda label: torch.tensor([label]), images=lambda rows: pixels[rows]
+    )
+    rows, told = feed.equal_bytes(real, 1000, Images(), 0)
+    assert sorted(rows.tolist()) == list(range(300)) and told == sum(map(len, encode(pixels, Images())))
 
 
 def test_a_real_set_beyond_the_memory_is_one_line(toy_run, tmp_path, capsys, monkeypatch):

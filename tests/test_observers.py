@@ -47,7 +47,7 @@ def recipe(nets, train=None, **rest):
 
 
 def learns(nets=(TINY,), **train):
-    """A recipe whose observers get past twice chance in no time."""
+    """A recipe whose observers get past the least accuracy in no time."""
     train = {"epochs": 4, "batch": 16, "lr": 0.05, "pad": 0, "schedule": "constant", **train}
     return recipe([dict(net) for net in nets], train)
 
@@ -330,16 +330,21 @@ def test_wrong_weights_are_refused_in_one_line_before_any_training(name, write, 
     assert message.startswith("observers.networks: given: ")
 
 
+@pytest.mark.parametrize(("classes", "least"), [(2, 0.75), (3, 2 / 3), (4, 0.5), (1000, 0.002)])
+def test_the_least_accuracy_is_twice_chance_and_of_few_classes_half_way(classes, least):
+    assert observers.least_accuracy(classes) == pytest.approx(least)
+
+
 def test_another_normalisation_shows_as_an_error_that_names_it(trained, real, calm, tmp_path):
     save_file(trained[0], tmp_path / "net.safetensors")
-    with pytest.raises(InputError, match=r"below twice chance \(10 classes\); check mean \[100.*, std .*stem"):
+    with pytest.raises(InputError, match=r"below 20.0% \(10 classes\); check mean \[100.*, std .*stem"):
         observers.obtain(loaded(tmp_path / "net.safetensors", mean=[100.0] * 3), real, calm)
 
 
 def test_another_normalisation_is_found_before_another_observer_is_trained(trained, real, calm, tmp_path):
     save_file(trained[0], tmp_path / "net.safetensors")
     wrong = {**TINY, "name": "given", "weights": str(tmp_path / "net.safetensors"), "mean": [100.0] * 3}
-    with pytest.raises(InputError, match="given is right on .* below twice chance"):
+    with pytest.raises(InputError, match="given is right on .* below 20.0%"):
         observers.obtain(recipe([TINY, wrong]), Watched(real, dies_at=0), calm)
 
 

@@ -12,7 +12,7 @@ from toys import picture, png, write_parquet
 
 from edc_hub import pixels, realset, recipe, source
 from edc_hub.errors import InputError
-from edc_hub.source import View
+from edc_hub.pixels import View
 
 
 def section(path, **keys):

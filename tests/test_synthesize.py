@@ -85,6 +85,16 @@ def test_a_loss_that_is_no_number_is_refused_and_not_published(session, tmp_path
         synthesize.optimise(*given, session, generator, progress)
 
 
+def test_pixels_that_the_last_step_breaks_are_refused_and_not_published(session, tmp_path):
+    class Steep(Smooth):
+        def loss(self, x, *rest, **more):
+            return super().loss(x, *rest, **more) + (0 * x).sqrt().sum()  # 0, and its gradient is no number
+
+    given = images(), torch.arange(4), [Steep(0)], recipe(iterations=1)
+    with pytest.raises(InputError, match="no number from step 1 on; lower synthesize.lr"):
+        synthesize.optimise(*given, session, torch.Generator(), Progress(tmp_path / "p", 1e9))
+
+
 def test_the_cosine_starts_at_one_and_ends_next_to_zero():
     values = [synthesize.cosine(t, 100) for t in range(100)]
     assert values[0] == 1.0

@@ -1,5 +1,8 @@
 """Soft labels made while a student trains: whose logits they are, of which weights, and what they cost."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import PartialState
@@ -47,6 +50,22 @@ def test_without_teachers_the_run_s_own_observers_label_and_nothing_is_trained(t
     assert torch.equal(made.teach(x, {}), (networks[0](x) + networks[1](x)) / 2)
     assert made.fingerprints == [own.fingerprint(name, 3) for name in ("plain", "other")]
     assert sorted((toy_run.parent / "artifacts").rglob("*.safetensors")) == files
+
+
+def test_a_run_that_was_moved_without_its_observers_trains_none(toy_run, beside, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "moved")
+    elsewhere = replace(beside, store=Store(tmp_path / "artifacts"))
+    condensed, section = CondensedSet.load(tmp_path / "moved/dataset"), Evaluation(labels="online")
+    made = teachers.Teachers(condensed, section, recipe(toy_run).source, elsewhere)
+    with pytest.raises(InputError, match="run: observers/plain is not in .*; give the command where the run was"):
+        _ = made.fingerprints
+
+
+def test_a_set_by_a_relative_path_finds_its_run(toy_run, monkeypatch):
+    monkeypatch.chdir(toy_run / "dataset")
+    assert CondensedSet.load(".").run == toy_run
+    monkeypatch.chdir(toy_run / "controls")
+    assert CondensedSet.load("random/0").run == toy_run
 
 
 def test_online_labels_of_the_stored_views_are_the_stored_labels(toy_run, beside):
