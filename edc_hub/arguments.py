@@ -16,7 +16,8 @@ def split(
 ) -> tuple[list[str], dict[str, Any], dict[str, bool]]:
     """Positional arguments, overrides of the keys of `root` nested like a file, and the given flags by name.
 
-    A value is YAML; where a list belongs, `a,b` is one too. Raises InputError for a missing value.
+    A value is YAML; where a list belongs, `a,b` is one too. Raises InputError for a missing value, and for a flag that
+    is none.
     """
     known = keys.table(root)
     named, overrides, given = [], {}, dict.fromkeys(flags, False)
@@ -34,6 +35,8 @@ def split(
                 text = "true"
             elif rest and not rest[0].startswith("--"):
                 text = rest.pop(0)
+            elif not switch and path not in known and "." not in path:
+                raise InputError(f"--{path}: unknown key{keys.meant(path, root, flags)}")
             else:
                 raise InputError(f"--{path}: a value is missing; write e.g. --{path} VALUE, or see --help")
         if path in flags:

@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> Parsed:
     named, given, flags = arguments.split(argv, _Known, _FLAGS)
     if len(named) != 1:
         raise InputError(f"sweep: expected one, got {len(named)}; write a YAML file or one of: {_listing()}")
-    file = recipes.find(named[0], SHIPPED)
+    file = recipes.find(named[0], SHIPPED, "sweep")
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
     sweep = _model(documents.load(file) | chosen)
     if sweep.students is not None:

@@ -15,6 +15,7 @@ _COMMANDS = {
     "publish": "a finished run goes to the Hub: one commit that holds images, labels and card, and one tag",
     "relabel": "label anyone's images by a recipe's observers: the same folder, under the same protocol",
     "diagnose": "what a finished run is like inside: curvature, gradients, moments, what observers and students see",
+    "showcase": "accuracy of the lines of code that a set's card shows, for all of it and for its prefixes",
     "doctor": "what works here and what to do about what does not: versions, devices, token, endpoint, disk, source",
 }
 

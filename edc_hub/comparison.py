@@ -75,6 +75,8 @@ def parse(argv: list[str] | None) -> Parsed:
     named, overrides, flags = arguments.split(argv, Comparison, _FLAGS)
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
+    if named and Path(named[0]).expanduser().is_dir():
+        raise InputError(f"dataset: {named[0]} is a folder, and a recipe is a file; write --dataset {named[0]}")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
     return resolve(recipes.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
 
@@ -88,6 +90,9 @@ def resolve(given: dict[str, Any]) -> Parsed:
         raise InputError("seeds: an empty list; write e.g. --seeds 0,1,2")
     if len(set(asked.seeds)) < len(asked.seeds):
         raise InputError(f"seeds: one is given twice in {asked.seeds}; give each once")
+    folders = [place for place in asked.dataset if Path(place).expanduser().is_dir()]
+    if asked.revision and folders:
+        raise InputError(f"revision: {folders[0]} is a folder, and only sets on the Hub have revisions; remove it")
     from .condensed import CondensedSet
 
     sets = [CondensedSet.load(_folder(place), revision=asked.revision) for place in asked.dataset]

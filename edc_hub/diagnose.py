@@ -60,7 +60,7 @@ def command(argv: list[str]) -> None:
     named, given, _ = arguments.split(argv, Options, {})
     options = keys.validated(Options, given)
     if len(named) != 1:
-        raise InputError(f"diagnose: expected RUN, got {' '.join(named) or 'nothing'}; see --help")
+        raise InputError(f"diagnose: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub diagnose RUN")
     from . import finished
 
     run = Path(named[0]).expanduser()

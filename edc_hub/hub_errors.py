@@ -134,8 +134,8 @@ def _reading(error: Exception, id: str, words: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"revision: {id} has no{words.removeprefix(' at revision')}; see its tags on the Hub"
     return (
-        f"{id}: neither a folder here nor a data set on the Hub{words} that can be reached ({error}); give the "
-        "dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
+        f"{id}: neither a folder here nor a data set on the Hub{words} that can be reached ({first_line(error)}); "
+        "give the dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
     )
 
 
@@ -143,7 +143,7 @@ def _writing(error: Exception, id: str) -> str | None:
     code, endpoint = status(error), constants.ENDPOINT
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
     if isinstance(error, HFValidationError):
-        return f"{id}: no name of a repository; write ORG/NAME ({error})"
+        return f"hub.id: {id} is no name of a repository; write ORG/NAME ({first_line(error)})"
     wants_xet = not constants.HF_HUB_DISABLE_XET and any("/xet-write-token/" in str(each) for each in _chain(error))
     if wants_xet and not _is_default(endpoint):
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"

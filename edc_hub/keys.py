@@ -4,7 +4,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import ValidationError
@@ -118,7 +118,7 @@ def complaint(error: ValidationError, root: type[Section] = Recipe) -> str:
     place, path = _place(entry["loc"])
     kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{place}: unknown key{_meant(path, root)}"
+        return f"{place}: unknown key{meant(path, root)}"
     if kind == "missing":
         return f"{place}: missing; {_example(path, root)}"
     if kind == "value_error":
@@ -194,18 +194,23 @@ def _sample(kind: str) -> Any:
     return next((value for start, value in samples.items() if kind.startswith(start)), "name")
 
 
-def _meant(path: str, root: type[Section]) -> str:
-    """'; did you mean …': a near name in the same section, else the same or a near name in another one."""
+def meant(path: str, root: type[Section], flags: Collection[str] = ()) -> str:
+    """'; did you mean …': a near name in the same section or of a flag, else the same or a near one in another one."""
     section, _, name = path.rpartition(".")
     every = list(table(root))
     here = [known.removeprefix(f"{section}.") for known in every if known.rpartition(".")[0] == section]
+    here += flags if not section else []
     near = difflib.get_close_matches(name, here, 1, 0.7)
     if not near:
         alike = difflib.get_close_matches(name, {known.rpartition(".")[2] for known in every}, 1, 0.8)
         near = [known for known in every if known.rpartition(".")[2] in alike]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    return f"; {section or 'a recipe'} has: {', '.join(here)}" if here else "; see --help"
+    return (
+        f"; {section or ('a recipe' if root is Recipe else 'this command')} has: {', '.join(here)}"
+        if here
+        else "; see --help"
+    )
 
 
 def _short(value: Any) -> str:

@@ -96,7 +96,8 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
     if not path.is_file():
         return
     theirs, ours = _flat(recipes.load(path)), _flat(documents.read(recipes.published(recipe), "recipe"))
-    changed = [key for key in sorted(theirs | ours) if theirs.get(key) != ours.get(key)]
+    both = sorted(theirs.keys() & ours.keys())  # said before what another release did not have
+    changed = [key for key in [*both, *sorted(theirs.keys() ^ ours.keys())] if theirs.get(key) != ours.get(key)]
     if run and run.is_file():
         theirs, whole = _flat(recipes.load(run)), _flat(documents.read(recipes.dump(recipe), "recipe"))
         changed += [key for key in sorted(ours) if key not in changed and theirs.get(key) != whole.get(key)]

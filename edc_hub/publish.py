@@ -48,7 +48,8 @@ def command(argv: list[str]) -> None:
     named, given, flags = arguments.split(argv, Options, _FLAGS)
     options = keys.validated(Options, given)
     if len(named) != 2:
-        raise InputError(f"publish: expected RUN and ORG/NAME, got {' '.join(named) or 'nothing'}; see --help")
+        got = " ".join(named) or "nothing"
+        raise InputError(f"publish: expected RUN and ORG/NAME, got {got}; write edc-hub publish RUN ORG/NAME")
     if not launch.is_first():  # under a launcher
         return
     run, id = Path(named[0]).expanduser(), named[1]
@@ -82,7 +83,10 @@ def dataset_folder(run: Path) -> Path:
             return folder
     if not run.is_dir():
         raise InputError(f"publish: {run} is no folder; give the folder of a finished run")
-    raise InputError(f"publish: no finished set in {run}; edc-hub condense {run}/recipe.yaml goes on with a run")
+    remedy = "give the folder of a finished run"
+    if (run / "recipe.yaml").is_file():
+        remedy = f"edc-hub condense {run}/recipe.yaml goes on with the run"
+    raise InputError(f"publish: no finished set in {run}; {remedy}")
 
 
 def push(

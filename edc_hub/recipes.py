@@ -55,6 +55,9 @@ def parse(argv: list[str] | None, prog: str) -> Parsed:
     named, overrides, flags = arguments.split(argv, Recipe, _FLAGS)
     if len(named) != 1:
         got = f"got {len(named)}: {' '.join(named)}" if named else "none given"
+        odd = next((word for word in named if "=" in word or word.startswith("-")), None)
+        if odd:
+            got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
     return Parsed(resolve(load(find(named[0])), overrides), **flags)
 
@@ -86,19 +89,19 @@ def _listing(folder: Path = ROOT) -> str:
     return ", ".join(shipped(folder))
 
 
-def find(name: str, folder: Path = ROOT) -> Path:
-    """The file of a recipe given as a shipped name or a path. InputError if there is none."""
+def find(name: str, folder: Path = ROOT, noun: str = "recipe") -> Path:
+    """The file of a recipe, or what `noun` calls it, by a shipped name or a path. InputError if there is none."""
     if name in shipped(folder):
         return folder / f"{name}.yaml"
     path = Path(name).expanduser()
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
     if os.path.isdir(path):
-        raise InputError(f"recipe: {name} is a folder; write a YAML file or one of: {_listing(folder)}")
+        raise InputError(f"{noun}: {name} is a folder; write a YAML file or one of: {_listing(folder)}")
     plain = name.removesuffix(".yaml").removeprefix("recipes/").removeprefix(f"{folder.name}/")
     near = difflib.get_close_matches(plain, shipped(folder), 1, 0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {_listing(folder)}"
-    raise InputError(f"recipe: no file {name}; {hint}")
+    raise InputError(f"{noun}: no file {name}; {hint}")
 
 
 # Layers

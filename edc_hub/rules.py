@@ -36,8 +36,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
             yield f"evaluation.students: '{name}' is given twice; give each its own name"
         each = of_student(section, name)
         if (each.labels == "hard") != (each.loss == "ce"):
-            other = "loss: ce" if each.labels == "hard" else "labels: hard"
-            yield f"evaluation.loss: {each.loss} does not go with labels: {each.labels}; write {other}, or a soft loss"
+            other = "loss: ce, or labels: stored" if each.labels == "hard" else "labels: hard, or a soft loss"
+            yield f"evaluation.loss: {each.loss} does not go with labels: {each.labels}; write {other}"
         if each.labels == "stored" and each.augment != "set":
             yield (
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "

@@ -1,12 +1,11 @@
 """Accuracy of the lines of code that a card shows, for the whole set and for its first k images of each class.
 
-    python -m edc_hub.showcase RUN [--seeds 3]
+    edc-hub showcase RUN [--seeds 3]
 
 The very text of the card is executed in the folder of the run, once for each k and seed. Accuracy is top-1 of the last
 epoch on the whole test split; nothing is selected on it. It goes into results.json and into the card.
 """
 
-import argparse
 import json
 import sys
 from contextlib import chdir
@@ -14,11 +13,20 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from . import card, documents, launch, recipes, snippets
+from pydantic import Field
+
+from . import arguments, card, documents, keys, launch, recipes, snippets
 from .errors import InputError
+from .section import Positive, Section
 
 
 BATCH = 256  # test images a forward pass
+
+
+class Options(Section):
+    """What the command takes beside the run."""
+
+    seeds: Positive = Field(3, description="students for each number of images")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,15 +36,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(prog="showcase", description="accuracy of the code of a card")
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--seeds", type=int, default=3, help="students for each number of images")
-    given = parser.parse_args(argv)
-    folder = given.run / "dataset"
+    if "--help" in argv or "-h" in argv:
+        head = "usage: edc-hub showcase RUN [--seeds 3]\n\nRUN is the folder of a finished run.\n"
+        print("\n".join([head, *keys.help_lines(Options)]))
+        return
+    named, given, _ = arguments.split(argv, Options, {})
+    options = keys.validated(Options, given)
+    if len(named) != 1:
+        raise InputError(f"showcase: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub showcase RUN")
+    run = Path(named[0]).expanduser()
+    folder = run / "dataset"
     if not (folder / "manifest.json").is_file():
-        raise InputError(f"showcase: no finished set in {given.run}; give the folder of a finished run")
-    with launch.lock(given.run):
-        publish(folder, measure(given.run, given.seeds))
+        raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")
+    with launch.lock(run):
+        publish(folder, measure(run, options.seeds))
 
 
 def measure(run: Path, seeds: int) -> list[dict[str, Any]]:

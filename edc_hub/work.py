@@ -296,7 +296,9 @@ def lock(folder: Path) -> Iterator[None]:
             f"{other['since']}; wait for it or choose another output_dir"
         ) from error
     except OSError as error:
-        raise InputError(f"output_dir: cannot write {folder}: {_disk_error(error) or error}") from error
+        raise InputError(
+            f"output_dir: cannot write {folder}: {_disk_error(error) or error}; choose another output_dir"
+        ) from error
     try:
         yield
     finally:

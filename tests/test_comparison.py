@@ -160,7 +160,10 @@ def test_help_lists_every_key_and_the_shipped_recipes_and_needs_no_torch():
         ("--evaluation.students convnet3,convnet3", "evaluation.students: 'convnet3' is given twice"),
         ("--evaluation.students [{args:{}}]", "evaluation.students[0]"),
         ("--evaluation.loss ce", "evaluation.loss: ce does not go with labels: stored; write labels: hard"),
-        ("--evaluation.labels hard", "evaluation.loss: mse_ce does not go with labels: hard; write loss: ce"),
+        (
+            "--evaluation.labels hard",
+            "mse_ce does not go with labels: hard; write loss: ce, or labels: stored",
+        ),
         ("--evaluation.augment own", "evaluation.augment: own, but stored labels are those of the set's own views"),
         ("--evaluation.batch 1", "evaluation.batch: 1, and BatchNorm has no statistics of one view"),
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),

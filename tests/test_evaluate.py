@@ -471,6 +471,12 @@ def test_a_comparison_under_way_is_not_disturbed(toy_run, tmp_path, capsys):
     assert "is being written by process" in line
 
 
+def test_a_folder_has_no_revision_and_is_no_recipe(toy_run, capsys):
+    line = refused(capsys, "--dataset", toy_run, *FEW, "--revision", "v1.0.0")
+    assert f"revision: {toy_run} is a folder, and only sets on the Hub have revisions; remove it" in line
+    assert f"write --dataset {toy_run}" in refused(capsys, toy_run, *FEW)
+
+
 def test_a_set_on_the_hub_that_cannot_be_reached_is_one_line(capsys):
     line = refused(capsys, "--dataset", "nobody/nothing", "--revision", "v9.0.0")  # the tests are offline
     assert line.startswith("nobody/nothing: neither a folder here nor a data set on the Hub at revision v9.0.0")

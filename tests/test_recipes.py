@@ -364,6 +364,8 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ("--name a/b", "name: expected a name of letters, digits, '.', '_' and '-', got 'a/b'"),
         ("--method ecd", "method: no method 'ecd'; did you mean 'edc'? There are: cda, edc, edc-a"),
         ("--method sgd2000", "method: no method 'sgd2000'; there are: cda, edc, "),
+        ("--dryrun", "--dryrun: unknown key; did you mean 'dry_run'?"),
+        ("ipc=3", "recipe: expected one, got 2: digits ipc=3; a key is written --ipc 3; write e.g."),
         ("--print_recipe=3", "--print_recipe: expected true or false, got '3'"),
         ("--observers.train.snapshots [99]", "observers.train.snapshots: 99 is after the last epoch"),
         ("more", "recipe: expected one, got 2: digits more; write e.g. edc-hub condense digits"),

@@ -62,9 +62,19 @@ def test_the_lines_are_trained_and_tested(dataset, tmp_path):
     assert accuracy in (0, 1) and accuracy == showcase._train(tmp_path, showcase.prefix(code, 1, 2), 0, images, labels)
 
 
-def test_a_run_without_a_set_is_refused(tmp_path, capsys):
-    assert showcase.main([str(tmp_path)]) == 2
-    assert "no finished set" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ([], "showcase: no finished set in"),
+        (["--seeds", "0"], "seeds: expected at least 1, got 0"),
+        (["--sedes", "3"], "sedes: unknown key; did you mean 'seeds'?"),
+        (["other"], "showcase: expected RUN, got"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(tmp_path, capsys, more, line):
+    assert showcase.main([str(tmp_path), *more]) == 2
+    err = capsys.readouterr().err
+    assert line in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("accuracy", "said"), [([0.5], "50.0 %"), ([0.4, 0.6], "50.0 ± 14.1 %")])
