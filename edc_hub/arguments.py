@@ -1,6 +1,7 @@
 """A command line as recipe, overrides and flags."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from . import keys
 from .documents import read
@@ -8,6 +9,7 @@ from .errors import InputError
 from .section import Section
 
 
+S = TypeVar("S", bound=Section)
 _TRUTHS = ("true", "false", "yes", "no", "on", "off", "null", "0", "1")  # a switch's value, right or wrong; no recipe
 
 
@@ -51,6 +53,19 @@ def split(
             place = place[name]
         place[last] = _value(text, path, keys.describe(known[path].field.annotation) if path in known else "")
     return named, overrides, given
+
+
+def of_run(argv: list[str], command: str, root: type[S]) -> tuple[Path, S]:
+    """The folder and the options of a command on a finished run. `--help` prints to stdout and exits with 0."""
+    if "--help" in argv or "-h" in argv:
+        head = f"usage: edc-hub {command} RUN [--key value ...]\n\nRUN is the folder of a finished run.\n"
+        print("\n".join([head, *keys.help_lines(root)]))
+        raise SystemExit(0)
+    named, given, _ = split(argv, root, {})
+    options = keys.validated(root, given)
+    if len(named) != 1:
+        raise InputError(f"{command}: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub {command} RUN")
+    return Path(named[0]).expanduser(), options
 
 
 def _value(text: str, path: str, kind: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import arguments, keys, launch
+from . import arguments, launch
 from .errors import InputError
 from .section import Positive, Section
 
@@ -53,17 +53,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
-    if "--help" in argv or "-h" in argv:
-        head = "usage: edc-hub diagnose RUN [--key value ...]\n\nRUN is the folder of a finished run.\n"
-        print("\n".join([head, *keys.help_lines(Options)]))
-        return
-    named, given, _ = arguments.split(argv, Options, {})
-    options = keys.validated(Options, given)
-    if len(named) != 1:
-        raise InputError(f"diagnose: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub diagnose RUN")
+    run, options = arguments.of_run(argv, "diagnose", Options)
     from . import finished
 
-    run = Path(named[0]).expanduser()
     recipe = finished.recipe_of(run)
     recipe = recipe.model_copy(update=options.model_dump(include={"device", "threads"}, exclude_none=True))
     folder = Path(options.output_dir).expanduser() if options.output_dir else run

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from . import arguments, card, documents, keys, launch, recipes, snippets
+from . import arguments, card, documents, launch, recipes, snippets
 from .errors import InputError
 from .section import Positive, Section
 
@@ -36,15 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
-    if "--help" in argv or "-h" in argv:
-        head = "usage: edc-hub showcase RUN [--seeds 3]\n\nRUN is the folder of a finished run.\n"
-        print("\n".join([head, *keys.help_lines(Options)]))
-        return
-    named, given, _ = arguments.split(argv, Options, {})
-    options = keys.validated(Options, given)
-    if len(named) != 1:
-        raise InputError(f"showcase: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub showcase RUN")
-    run = Path(named[0]).expanduser()
+    run, options = arguments.of_run(argv, "showcase", Options)
     folder = run / "dataset"
     if not (folder / "manifest.json").is_file():
         raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")

@@ -77,6 +77,12 @@ def test_a_wrong_command_line_is_refused(tmp_path, capsys, more, line):
     assert line in err and len(err.splitlines()) == 1
 
 
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit) as done:
+        showcase.main(["--help"])
+    assert done.value.code == 0 and "--seeds  integer >= 1, default 3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("accuracy", "said"), [([0.5], "50.0 %"), ([0.4, 0.6], "50.0 ± 14.1 %")])
 def test_percent(accuracy, said):
     assert showcase._percent(accuracy) == said
