@@ -17,9 +17,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: cannot be read as text: {getattr(error, 'strerror', None) or error}; give a YAML file in UTF-8"
-        ) from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read as text: {why}; give a YAML file in UTF-8") from error
     found = copy.deepcopy(_parsed(text, str(path)))
     if found is None:
         raise InputError(

@@ -206,11 +206,8 @@ def meant(path: str, root: type[Section], flags: Collection[str] = ()) -> str:
         near = [known for known in every if known.rpartition(".")[2] in alike]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    return (
-        f"; {section or ('a recipe' if root is Recipe else 'this command')} has: {', '.join(here)}"
-        if here
-        else "; see --help"
-    )
+    place = section or ("a recipe" if root is Recipe else "this command")
+    return f"; {place} has: {', '.join(here)}" if here else "; see --help"
 
 
 def _short(value: Any) -> str:

@@ -272,7 +272,7 @@ def roles(recipe: Recipe, but: Collection[str] = ()) -> dict[tuple[str, int], li
     """The stages that look through each observer (name, epoch) in use, `but` for those stages."""
     found: dict[tuple[str, int], list[str]] = {}
     for stage, entries in users(recipe).items():
-        for entry in entries if stage not in but else ():
+        for entry in dict.fromkeys(entries) if stage not in but else ():
             found.setdefault(entry, []).append(stage)
     return found
 
