@@ -193,6 +193,7 @@ state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
 session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress_bars=False)
 work.run(units(7), draw, session, seed=5, label="x")
 assert all(session.store.has(unit) for unit in units(7))
+state.destroy_process_group()  # as launch.session does: gloo's threads end before the interpreter
 """
 
 
@@ -237,6 +238,7 @@ for mark in ("1", "2"):  # the first fails on the second process, in its units; 
         print("told", mark, state.process_index, flush=True)
 work.run(units(4), draw, session, seed=5, label="x")
 assert all(session.store.has(unit) for unit in units(4))
+state.destroy_process_group()
 """
 
 
