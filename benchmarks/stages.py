@@ -151,7 +151,7 @@ def training_step(names: list[str], session: Session) -> tuple[Step, Step]:
     section, size = SETUP.evaluation, SETUP.source.size
     fed = feed.Stored(labelled_set(epochs=10), section.batch, session.device, seed=0)
     endless = (batch for epoch in range(10**6) for batch in fed.epoch(epoch, generator(0, "benchmark", str(epoch))))
-    steps = feed.views_at_once(size, section.batch) // section.batch
+    steps = views.at_once(size, section.batch, session.device) // section.batch
     batch = next(endless)
     plain, taught = [], []
     for name in names:

@@ -14,7 +14,6 @@ from .section import ViewSettings
 from .views import ViewTable
 
 
-PIXELS = 256 * 32 * 32  # of the views that are made at once: fewer pay more of the fixed cost, more gain nothing
 KEPT_BYTES = 10**9  # of labelled rows; a larger set is read an epoch at a time
 CLEAN_VIEWS = 1000  # at least, for BatchNorm statistics of the whole set
 
@@ -61,7 +60,8 @@ class Stored:
         row = 2 * len(condensed.names) + 64
         small = row * self.count * condensed.epochs <= KEPT_BYTES
         self._rows = condensed.labelled(0, condensed.epochs) if small else None
-        self._together = max(1, _at_once(self._size) // self.count) if small else 1  # epochs made at once
+        self._at_once = views.at_once(self._size, batch, device)
+        self._together = max(1, self._at_once // self.count) if small else 1  # epochs made at once
         self._ahead = -1, torch.empty(0)  # the first of them, and their views
         self.steps = steps(self.count, batch)
 
@@ -69,7 +69,7 @@ class Stored:
         """The batches of training epoch `number`; `generator`, on the CPU, shuffles them."""
         table, soft = self._labelled(number)
         order = _full(torch.randperm(self.count, generator=generator), self._batch)
-        for rows in order.split(views_at_once(self._size, self._batch)):
+        for rows in order.split(self._at_once):
             if self._together > 1:
                 x = self._made(number)[rows.to(self._images.device)]
             else:
@@ -100,7 +100,7 @@ class Stored:
         first = number - number % self._together
         if self._ahead[0] != first:
             tables = [self._labelled(first + i)[0] for i in range(self._together)]
-            self._ahead = first, views.apply(self._images, _joined(tables), self._size)
+            self._ahead = first, views.apply(self._images, views.join(tables), self._size)
         start = (number - first) * self.count
         return self._ahead[1][start : start + self.count]
 
@@ -142,9 +142,9 @@ class Drawn:
         else:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
             order = _full(order[: self._kept], self._batch)
-        for rows in order.split(views_at_once(self._size, self._batch)):
+        for rows in order.split(views.at_once(self._size, self._batch, self._images.device)):
             tables = [self._draw(ids, generator) for ids in rows.split(self._batch)]  # a batch is what is mixed
-            joined = _joined(tables)
+            joined = views.join(tables)
             whole = _batch(views.apply(self._images, joined, self._size), None, self._labels, joined)
             for table, made in zip(tables, _split(whole, self._batch), strict=True):
                 yield made._replace(soft=self._teach(made.x, table).float()) if self._teach else made
@@ -202,7 +202,7 @@ def _clean(images: Tensor, view: ViewSettings | None, batch: int, generator: tor
     passes = -(-CLEAN_VIEWS // len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])
     view_size = view.view_size or size if view else size
-    for ids in _full(order, batch).split(views_at_once(view_size, batch)):
+    for ids in _full(order, batch).split(views.at_once(view_size, batch, images.device)):
         yield from views.apply(images, _draw(view, ids, size, generator), view_size).split(batch)
 
 
@@ -219,10 +219,6 @@ def _split(whole: Batch, batch: int) -> Iterator[Batch]:
         yield Batch(*(None if part is None else part[start : start + batch] for part in whole))
 
 
-def _joined(tables: list[ViewTable]) -> ViewTable:
-    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
-
-
 def _full(order: Tensor, batch: int) -> Tensor:
     """Without a last batch of one view, unless it is the only one: BatchNorm has no statistics for one value."""
     return order[:-1] if len(order) > batch > 1 and len(order) % batch == 1 else order
@@ -231,12 +227,3 @@ def _full(order: Tensor, batch: int) -> Tensor:
 def steps(count: int, batch: int) -> int:
     """Batches of one pass over `count` views."""
     return -(-len(_full(torch.arange(count), batch)) // batch)
-
-
-def _at_once(size: int) -> int:
-    return max(1, PIXELS // size**2)
-
-
-def views_at_once(size: int, batch: int) -> int:
-    """How many views of this size are made at once: whole batches."""
-    return batch * max(1, _at_once(size) // batch)

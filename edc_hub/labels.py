@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import canvas, codecs, tables, views, work
 from .errors import InputError
 from .recipe import Recipe, Relabel, selected
+from .recorded import Recorded
 from .views import ViewTable
 from .work import Progress, Session, Store, Unit
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 STAGE = "views"
+Teach = Callable[[Tensor], Tensor]
+"""Mean logits float32 (B, C) of views (B, 3, v, v) in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +110,15 @@ def obtain(
     whole = Labels(session.store, units)
 
     @cache  # only where a unit is missing, and once
-    def ready() -> tuple[Tensor, list]:
-        return canvas.decode(images.to(session.device), grid), [observers.load(name, epoch) for name, epoch in chosen]
+    def ready() -> tuple[Tensor, Teach]:
+        networks = [observers.load(name, epoch) for name, epoch in chosen]
+        return canvas.decode(images.to(session.device), grid), teacher(networks, section, session)
 
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        pictures, networks = ready()
+        pictures, teach = ready()
         if unit.name == "mean":
-            return {"soft_label": _images_themselves(pictures, grid, networks, section, session)}, {}
-        made = _label_epoch(pictures, grid, networks, section, int(unit.name[5:]), generator, session)
+            return {"soft_label": _images_themselves(pictures, grid, teach, section)}, {}
+        made = _label_epoch(pictures, grid, teach, section, int(unit.name[5:]), generator)
         return {**canvas.stored(made, grid), "soft_label": made["soft_label"]}, {}
 
     def labelled(count: int) -> Labels:
@@ -160,34 +164,36 @@ def _kept(section: Relabel, count: int, labelled: Callable[[int], Labels], sessi
 def _label_epoch(
     pictures: Tensor,
     grid: int,
-    networks: list,
+    teach: Teach,
     section: Relabel,
     epoch: int,
     generator: torch.Generator,
-    session: Session,
 ) -> dict[str, Tensor]:
     """The views of one epoch, one of each image, in the order of their batches, and as `soft_label` float16 labels."""
     count, size = len(pictures) // grid**2, pictures.shape[-1]
     order = canvas.turn(torch.randperm(count, generator=generator), epoch, grid)
-    tables, labels = [], []
-    for ids in order[_filled(count, section)].split(section.batch):
-        table = views.sample(section, ids, size, generator, epoch=epoch)
-        x = views.apply(pictures, table, section.view_size or size)
-        tables.append(table)
-        labels.append(mean_logits(networks, x, section, session).half().cpu())
-    joined = {name: torch.cat([table[name] for table in tables])[:count] for name in tables[0]}
-    return {**joined, "soft_label": torch.cat(labels)[:count]}
+    batches = order[_filled(count, section)].split(section.batch)  # a batch is what is mixed
+    table = views.join([views.sample(section, ids, size, generator, epoch=epoch) for ids in batches])
+    labels = _labelled(pictures, table, teach, section).half()
+    return views.take({**table, "soft_label": labels}, slice(count))
 
 
-def _images_themselves(pictures: Tensor, grid: int, networks: list, section: Relabel, session: Session) -> Tensor:
+def _images_themselves(pictures: Tensor, grid: int, teach: Teach, section: Relabel) -> Tensor:
     """Mean logits (N, C) float16 of the images as they are, in their order: over the pictures of each."""
     count, size = len(pictures), pictures.shape[-1]
-    table = views.whole(count, size)
-    labels = []
-    for rows in _filled(count, section).split(section.batch):
-        x = views.apply(pictures, views.take(table, rows), section.view_size or size)
-        labels.append(mean_logits(networks, x, section, session).cpu())
-    return torch.cat(labels)[:count].unflatten(0, (-1, grid**2)).mean(1).half()
+    table = views.take(views.whole(count, size), _filled(count, section))
+    labels = _labelled(pictures, table, teach, section)[:count]
+    return labels.unflatten(0, (-1, grid**2)).mean(1).half()
+
+
+def _labelled(pictures: Tensor, table: ViewTable, teach: Teach, section: Relabel) -> Tensor:
+    """Mean logits float32 (rows, C), on the CPU, of rows in the order of their batches."""
+    size = section.view_size or pictures.shape[-1]
+    found = []
+    for rows in torch.arange(len(table["image_id"])).split(views.at_once(size, section.batch, pictures.device)):
+        x = views.apply(pictures, views.take(table, rows), size)
+        found += [teach(batch) for batch in x.split(section.batch)]
+    return torch.cat(found).cpu()
 
 
 def _filled(count: int, section: Relabel) -> Tensor:
@@ -196,6 +202,11 @@ def _filled(count: int, section: Relabel) -> Tensor:
     if section.observer_mode == "batch":
         rows = torch.arange(-(-count // section.batch) * section.batch) % count
     return rows
+
+
+def teacher(networks: list, section: Relabel, session: Session) -> Teach:
+    """`mean_logits` of these networks, as a function of the views alone."""
+    return Recorded(lambda x: mean_logits(networks, x, section, session), session.device)
 
 
 @torch.no_grad()

@@ -154,7 +154,8 @@ def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
 def session(recipe: Recipe, store_root: Path) -> Iterator:
     """Device, threads and process group as the recipe asks; yields a `work.Session`.
 
-    Errors: a device that is absent. The process group waits for days: a rank may wait for another's slow unit.
+    Errors: a device that is absent. Processes take the GPUs in turn, and share them where there are fewer. The process
+    group waits for days: a rank may wait for another's slow unit.
     """
     import torch
     from accelerate import PartialState
@@ -170,8 +171,9 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     _quiet()
     if cpu:
         keep_freed_memory()
-    options = {"timeout": timedelta(days=7)} if "RANK" in os.environ else {}
-    state = PartialState(cpu=cpu, **({"backend": "gloo"} if cpu and options else {}), **options)
+    # processes exchange a few bytes and no tensors of a network, so that several may share a GPU, which NCCL refuses
+    options = {"backend": "gloo", "timeout": timedelta(days=7)} if "RANK" in os.environ else {}
+    state = PartialState(cpu=cpu, **options)
     yield Session(
         store=Store(store_root),
         state=state,
@@ -180,7 +182,7 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
         checkpoint_seconds=recipe.checkpoint_seconds,
         progress_bars=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
     )
-    # not after an error: others may be in a barrier, to be ended by the launcher, and NCCL would wait for them here
+    # not after an error: others may be in a barrier, to be ended by the launcher
     state.destroy_process_group()
 
 

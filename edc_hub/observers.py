@@ -190,8 +190,13 @@ def _train(
     optimizer = torch.optim.SGD(
         network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
     )
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        with training.autocast():
+            return F.cross_entropy(network(x), labels)
+
     training = Training(
-        network, optimizer, session.device, session.arithmetic, decay=section.ema, average_buffers=True
+        network, optimizer, session.device, session.arithmetic, loss, decay=section.ema, average_buffers=True
     )
     kept: dict[int, State] = {}
     first = 0
@@ -213,14 +218,12 @@ def _train(
                 torch.manual_seed(step_seed + step)
                 if section.schedule == "cosine":
                     share = step / (section.epochs * steps)
-                    optimizer.param_groups[0]["lr"] = section.lr * (1 + math.cos(math.pi * share)) / 2
+                    training.rate(section.lr * (1 + math.cos(math.pi * share)) / 2)
                 x = images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
-                with training.autocast():
-                    loss = F.cross_entropy(network(x), labels.to(session.device))
-                training.descend(loss)
+                before = training.descend(x, labels.to(session.device))
                 bar.update()
                 if step % 50 == 0:
-                    bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
+                    bar.set_postfix(epoch=epoch + 1, loss=f"{before.item():.3f}", refresh=False)
                 if step + 1 == (epoch + 1) * steps and epoch + 1 in recipe.snapshots(net):
                     kept[epoch + 1] = _copy(training.average.module if training.average else network)
                 progress.save(functools.partial(_state, step + 1, training, kept))

@@ -188,6 +188,7 @@ class Learner(Training):
             optimizer_of(section, network.module),
             session.device,
             getattr(torch, section.precision),  # on a CPU too
+            self._loss,
             decay=section.ema.decay,
             average_buffers=section.ema.bn == "averaged",
         )
@@ -195,16 +196,17 @@ class Learner(Training):
     def begin(self, lr: float) -> None:
         """An epoch with this learning rate."""
         self.network.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.rate(lr)
 
     def step(self, batch: Batch) -> Tensor:
         """One step; returns the loss before it, on the device."""
+        return self.descend(*batch)
+
+    def _loss(self, *batch: Tensor | None) -> Tensor:
+        batch = Batch(*batch)
         with self.autocast():
             logits = self.network(batch.x.to(memory_format=self.layout))
-        loss = loss_of(self.section, logits, batch)
-        self.descend(loss)
-        return loss.detach()
+        return loss_of(self.section, logits, batch)
 
     def predict(self, images: Tensor, feed: Stored | Drawn, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Top-1 predictions int16 (T,) of uint8 images by the live weights and by their average, on the CPU."""

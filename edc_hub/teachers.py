@@ -102,8 +102,8 @@ class Teachers:
     @property
     def teach(self) -> Teach:
         """Mean logits of views, with BatchNorm as in the set's own labels (`relabel.observer_mode`)."""
-        networks, relabel, session = self.networks, self._recipe.relabel, self._own_session
-        return lambda x, table: labels.mean_logits(networks, x, relabel, session)
+        label = labels.teacher(self.networks, self._recipe.relabel, self._own_session)
+        return lambda x, table: label(x)
 
 
 def of_images(condensed: CondensedSet, session: Session) -> Teach:

@@ -1,10 +1,13 @@
 """A network in training: its optimiser, gradient scaler and weight average, a step of them, what resuming needs."""
 
+from collections.abc import Callable
+
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .networks import Network
+from .recorded import Recorded
 
 
 class Training:
@@ -16,28 +19,46 @@ class Training:
         optimizer: torch.optim.Optimizer,
         device: torch.device,
         dtype: torch.dtype,
+        loss: Callable[..., Tensor],
         *,
         decay: float,
         average_buffers: bool,
     ):
-        """Args: network: on `device`. dtype: of the arithmetic, by autocast. decay: of the weight average, 0: there
-        is none. average_buffers: BatchNorm statistics are averaged too; otherwise the live ones are copied."""
-        self.network, self.optimizer, self.device, self.dtype = network, optimizer, device, dtype
+        """Args: network: on `device`. dtype: of the arithmetic, by autocast. loss: of a batch's tensors, a scalar.
+        decay: of the weight average, 0: there is none. average_buffers: BatchNorm statistics are averaged too;
+        otherwise the live ones are copied."""
+        self.network, self.optimizer, self.device, self.dtype, self.loss = network, optimizer, device, dtype, loss
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.average = ModelEmaV3(network, decay, exclude_buffers=not average_buffers) if decay else None
+        if device.type == "cuda":  # as a recorded step needs them
+            for group in optimizer.param_groups:
+                group["lr"] = torch.tensor(group["lr"], device=device)
+                group |= {"capturable": True} if "capturable" in group else {}
+        # the scaler looks at its gradients from Python
+        self.descend = Recorded(self._descend, device, enabled=not self.scaler.is_enabled())
 
     def autocast(self) -> torch.autocast:
         """The arithmetic of forward passes."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def descend(self, loss: Tensor) -> None:
-        """One step of the optimiser down the gradient of `loss` (a scalar), then of the average."""
+    def rate(self, lr: float) -> None:
+        """Sets the learning rate of the following steps."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+
+    def _descend(self, *batch: Tensor | None) -> Tensor:
+        """One step of the optimiser down the gradient of a batch's loss, then of the average; the loss before it."""
         self.optimizer.zero_grad()
+        loss = self.loss(*batch)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average:
             self.average.update(self.network)
+        return loss.detach()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the following steps depend on."""

@@ -15,6 +15,8 @@ from . import randaugment
 from .section import ViewSettings
 
 
+PIXELS = 256 * 32 * 32  # of the views that are made at once: fewer pay more of the fixed cost, more gain nothing
+PIXELS_GPU = 16 * PIXELS  # where the fixed cost is thousands of launches
 VERSION = 1  # of the meaning of a row; raised when the same row would yield other pixels
 ViewTable = dict[str, Tensor]
 """Columns of V views, on the CPU: `epoch` int16, `image_id` int32, `crop` int16 (V, 4) box y, x, h, w in the stored
@@ -102,6 +104,17 @@ def columns(table: ViewTable) -> list[str]:
 def take(table: ViewTable, rows: Tensor | slice) -> ViewTable:
     """Some rows of a table."""
     return {name: column[rows] for name, column in table.items()}
+
+
+def join(tables: list[ViewTable]) -> ViewTable:
+    """The rows of some tables, one table after the other."""
+    return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
+
+
+def at_once(size: int, batch: int, device: torch.device) -> int:
+    """How many views of this size are made at once: whole batches."""
+    count = (PIXELS if device.type == "cpu" else PIXELS_GPU) // size**2
+    return batch * max(1, count // batch)
 
 
 def _crops(count: int, size: int, area: list[float], generator: torch.Generator) -> Tensor:

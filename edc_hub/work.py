@@ -213,8 +213,7 @@ class Session:
         Raises OtherFailed where another one came with an error, OtherStopped where one never will come.
         """
         mine = failed and (isinstance(failed, InputError), str(failed))
-        try:
-            self.state.wait_for_everyone()
+        try:  # and not a barrier: accelerate's names a GPU of this process's own, and there may be fewer
             told = [theirs for theirs in gather_object([mine]) if theirs]
         except RuntimeError as error:  # the connection to it is lost
             raise OtherStopped(str(error)) from error
@@ -234,7 +233,7 @@ Make = Callable[[Unit, torch.Generator, Progress], tuple[dict[str, Tensor], dict
 def present(units: list[Unit], session: Session) -> list[bool]:
     """Whether each unit is there, as the first process sees it: another run may finish one between two looks."""
     session.wait()  # one that has failed meets the others in no other exchange
-    there = torch.tensor([session.store.has(unit) for unit in units], device=session.device).byte()
+    there = torch.tensor([session.store.has(unit) for unit in units]).byte()
     return [bool(found) for found in broadcast(there).tolist()]
 
 

@@ -41,12 +41,12 @@ def order_of(seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "constants",
-    [{}, {"PIXELS": 1}, {"KEPT_BYTES": 0}, {"PIXELS": 7 * 16 * 16}],
+    [(), (views, "PIXELS", 1), (feed, "KEPT_BYTES", 0), (views, "PIXELS", 7 * 16 * 16)],
     ids=["ahead", "batches", "disk", "few"],
 )
 def test_stored_views_and_labels_are_those_of_the_set_to_the_bit(condensed, monkeypatch, constants):
-    for name, value in constants.items():
-        monkeypatch.setattr(feed, name, value)
+    if constants:
+        monkeypatch.setattr(*constants)
     fed = Stored(condensed, 4, CPU, seed=3)
     for number in (0, 1, 2, 5, 0):
         batch = joined(fed, number, seed=number)
@@ -135,7 +135,7 @@ def test_drawn_views_are_sampled_batch_by_batch_from_the_generator():
 
 def test_drawn_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     many = joined(Drawn(IMAGES, LABELS, VIEW, 4, CPU, seed=0, teach=None), 0)
-    monkeypatch.setattr(feed, "PIXELS", 1)
+    monkeypatch.setattr(views, "PIXELS", 1)
     few = joined(Drawn(IMAGES, LABELS, VIEW, 4, CPU, seed=0, teach=None), 0)
     assert torch.equal(many.x, few.x) and torch.equal(many.share, few.share)
 

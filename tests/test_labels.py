@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers_labels import Observers, noise, recipe
 
-from edc_hub import labels, views
+from edc_hub import labels, views, work
 from edc_hub.work import Store
 
 
@@ -156,15 +156,19 @@ def test_a_stopped_relabelling_goes_on_to_the_bytes_of_an_undisturbed_one(sessio
     assert content(made(session, {"epochs": 4}, observers=observers)) == whole
 
 
-def test_two_processes_make_the_bytes_of_one(session, tmp_path):
+def test_two_processes_make_the_bytes_of_one(session, tmp_path, monkeypatch):
     whole = content(made(session, {"epochs": 4}))
     session.store = Store(tmp_path / "shared")
     together = threading.Barrier(2, timeout=60)
 
+    def meet(told: list) -> list:
+        together.wait()
+        return told
+
+    monkeypatch.setattr(work, "gather_object", meet)
+
     def process(rank: int) -> tuple[dict[str, bytes], int]:
-        state = SimpleNamespace(
-            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=together.wait
-        )
+        state = SimpleNamespace(process_index=rank, num_processes=2, is_main_process=rank == 0)
         observers = Observers(5)
         calls = []
         observers.networks["a"].register_forward_pre_hook(lambda *_: calls.append(1))

@@ -263,7 +263,7 @@ def test_the_shares_follow_what_the_first_process_sees(session, monkeypatch):
     """Another run finishes a unit between the looks of two processes: no unit may be left to nobody."""
     session.store.save(units(4)[0], {"x": torch.zeros(5)})
     monkeypatch.setattr(work, "broadcast", lambda there: torch.zeros_like(there))  # of the first: nothing is there
-    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False, wait_for_everyone=lambda: None)
+    second = SimpleNamespace(process_index=1, num_processes=2, is_main_process=False)
     made = []
 
     def make(unit, *rest):
@@ -274,12 +274,12 @@ def test_the_shares_follow_what_the_first_process_sees(session, monkeypatch):
     assert made == ["unit-1", "unit-3"]
 
 
-def test_a_process_whose_partner_is_gone_says_so_in_a_line(session, capsys):
-    def lost():
+def test_a_process_whose_partner_is_gone_says_so_in_a_line(session, capsys, monkeypatch):
+    def lost(told):
         raise RuntimeError("[pair.cc:561] Connection closed by peer [127.0.0.1]:62653")
 
-    left = replace(session, state=SimpleNamespace(wait_for_everyone=lost))
-    assert launch.status(left.wait) == 1
+    monkeypatch.setattr(work, "gather_object", lost)
+    assert launch.status(session.wait) == 1
     assert capsys.readouterr().err == "edc-hub: another process of this run has stopped; its message says why\n"
 
 
