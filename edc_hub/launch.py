@@ -172,7 +172,7 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     if cpu:
         keep_freed_memory()
     # processes exchange a few bytes and no tensors of a network, so that several may share a GPU, which NCCL refuses
-    options = {"backend": "gloo", "timeout": timedelta(days=7)} if "RANK" in os.environ else {}
+    options = {"backend": "gloo", "timeout": timedelta(days=7)} if "LOCAL_RANK" in os.environ else {}
     state = PartialState(cpu=cpu, **options)
     yield Session(
         store=Store(store_root),
