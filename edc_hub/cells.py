@@ -244,9 +244,7 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
                     mark = (net.model_dump_json(), recipe.source.model_dump_json())
                     if mark not in known:
                         with naming(f"{key}: {name}"):
-                            source, classes = recipe.source, len(real.names)
-                            face = {"image_size": source.size, "mean": source.mean, "std": source.std}
-                            networks.described(net, classes, seed=0, **face)
+                            networks.described(net, len(real.names), seed=0, **recipe.source.face)
                     known.add(mark)
 
 

@@ -92,8 +92,6 @@ class Finished:
         parsed = comparison.resolve(asked)
         session = replace(self.session, dtype=getattr(torch, parsed.comparison.precision))
         bench = Bench(parsed.comparison, parsed.sets, session, self.run)
-        if parsed.comparison.evaluation.labels == "online" and not parsed.comparison.evaluation.teachers:
-            _ = self.observers  # that label: refused where they are not there, as none is trained
         bench.check()
         return bench, name
 

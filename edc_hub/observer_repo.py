@@ -136,9 +136,7 @@ def _configure(place: Path, recipe: Recipe, section: Section, names: list[str]) 
     library = section.arch.partition("/")[0]
     if library not in ("timm", "transformers"):
         return None
-    source = recipe.source
-    face = {"image_size": source.size, "mean": source.mean, "std": source.std}
-    network = networks.described(section, len(names), seed=0, **face)
+    network = networks.described(section, len(names), seed=0, **recipe.source.face)
     if network.facts["stem"] != "standard":  # another network than the one that its configuration would build
         return None
     {"timm": _timm, "transformers": _transformers}[library](place, network, names)

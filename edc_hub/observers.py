@@ -141,8 +141,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
-    face = {"image_size": source.size, "mean": source.mean, "std": source.std}
-    return networks.described(net, classes, seed=seed, **face)
+    return networks.described(net, classes, seed=seed, **source.face)
 
 
 def _published(arch: str) -> str:

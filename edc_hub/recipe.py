@@ -5,7 +5,7 @@ text names the table. Nothing here imports torch: a wrong recipe is refused with
 """
 
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -51,6 +51,11 @@ class Source(Section):
         0.0, description="stratified fraction of the training split kept from everything but choices"
     )
     holdout_seed: Count = Field(0, description="seed of that split; the same for every run that is compared")
+
+    @property
+    def face(self) -> dict[str, Any]:
+        """What a network is told of the images: arguments of `networks.described`."""
+        return {"image_size": self.size, "mean": self.mean, "std": self.std}
 
 
 class Observers(Section):

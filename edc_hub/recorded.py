@@ -32,13 +32,13 @@ class Recorded:
 
     def __init__(self, function: Callable[..., Tensor], device: torch.device, *, enabled: bool = True):
         """Args: function: of tensors or None, returns one tensor. enabled: on a CUDA device; on others never."""
-        self._function, self._enabled = function, enabled and device.type == "cuda"
+        self._function, self.enabled = function, enabled and device.type == "cuda"
         self._recordings: dict[tuple, _Recording] = {}
         self._plain: Counter[tuple] = Counter()
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         """What `function` returns for these inputs."""
-        if not self._enabled:
+        if not self.enabled:
             return self._function(*inputs)
         shapes = tuple(x is not None and (x.shape, x.stride(), x.dtype) for x in inputs)
         if shapes not in self._recordings:
@@ -65,7 +65,7 @@ class Recorded:
                 output = self._function(*inputs)
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        self._enabled = not any("called a synchronizing CUDA operation" in str(one.message) for one in caught)
+        self.enabled = not any("called a synchronizing CUDA operation" in str(one.message) for one in caught)
         return output
 
     def _record(self, inputs: tuple[Tensor | None, ...]) -> _Recording:

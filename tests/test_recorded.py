@@ -78,7 +78,7 @@ def test_a_student_learns_alike_with_and_without_graphs(session, optimizer, bn):
     states = []
     for enabled in (False, True):
         learner = students.Learner(toy(), section, replace(session, device=torch.device("cuda")))
-        learner.descend._enabled = enabled
+        learner.descend.enabled = enabled
         for number, batch in enumerate(batches):
             learner.begin(0.01 / (1 + number // 5))
             learner.step(batch)
