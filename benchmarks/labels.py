@@ -1,7 +1,7 @@
 """Bytes against accuracy: label epochs x codec, and the one mean label an image, beside real images of equal bytes.
 
     python benchmarks/labels.py cifar10 --out runs/labels [--epochs 10 30 100 300 1000]
-        [--codecs dense int8 top_k=3 top_k=10] [--splits holdout test] [--seeds 3] [--threads 1]
+        [--codecs dense int8 top_k=3 top_k=10] [--splits holdout test] [--seeds 3] [--threads 1] [--no_real]
         [--json FILE] [--figure FILE.png] [--section.key value …]
 
 Every point is a set by `edc_hub.condense` and a comparison by `edc_hub.evaluate`, so a stopped run goes on where it
@@ -58,7 +58,7 @@ def measure(point: Point, given: argparse.Namespace, others: list[str]) -> dict[
     for split in given.splits:
         folder = given.out / f"{point.name}-{split}"
         seeds = ",".join(map(str, range(given.seeds)))
-        controls = "[real]" if point.codec in ("dense", "mean") else "[]"
+        controls = "[real]" if given.real and point.codec in ("dense", "mean") else "[]"
         asked = ["--split", split, "--seeds", f"[{seeds}]", "--controls", controls, "--output_dir", str(folder)]
         if point.codec == "mean":
             asked += ["--evaluation.labels", "mean"]
@@ -120,7 +120,8 @@ def draw(lines: list[dict[str, Any]], splits: list[str], path: Path) -> None:
             panel.errorbar([it["bytes"] for it in own], heights, errors, marker="o", capsize=2, label=codec)
         measured = [it for it in lines if it[f"{split} (iv)"]]
         real = sorted((it["bytes"], 100 * it[f"{split} (iv)"]["mean"]) for it in measured)
-        panel.plot(*zip(*real, strict=True), "k--", label="(iv) real images, hard labels")
+        if real:
+            panel.plot(*zip(*real, strict=True), "k--", label="(iv) real images, hard labels")
         panel.set(xscale="log", xlabel="bytes", ylabel="accuracy, %", title=split)
     panels[0][0].legend()
     figure.tight_layout()
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--weights", choices=["ema", "live"], default="ema")
+    parser.add_argument("--no_real", dest="real", action="store_false", help="without real images of equal bytes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     given, others = parser.parse_known_args()
