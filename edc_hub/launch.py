@@ -199,6 +199,13 @@ def device_name(running: "Session") -> str:
     return torch.cuda.get_device_name(running.device) if gpu else platform.processor() or platform.machine()
 
 
+def emulates_bfloat16() -> bool:
+    """Whether this CPU has no instructions for it: ConvNet-3's training step takes 4.6 s there, 0.3 s in float32."""
+    import torch
+
+    return torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def keep_freed_memory() -> None:
     """Lets glibc keep what large tensors leave free.
 

@@ -191,7 +191,7 @@ def _train(
     )
 
     def loss(x: Tensor, labels: Tensor) -> Tensor:
-        with training.autocast():
+        with session.autocast():
             return F.cross_entropy(network(x), labels)
 
     training = Training(

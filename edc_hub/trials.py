@@ -142,6 +142,9 @@ class Bench:
 
     def check(self) -> None:
         """Raises InputError for what cannot be trained, before anything is."""
+        precisions = {section.precision for section in self.sections.values()}
+        if "bfloat16" in precisions and self.session.device.type == "cpu" and launch.emulates_bfloat16():
+            self.session.report("evaluation.precision: this CPU emulates bfloat16, many times slower than float32")
         for name, section in self.sections.items():
             self.network(name, 0)
             stored = any(path.startswith("soft_labels/") for path in self.sets[0].manifest["files"])

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, evaluate, feed, judged, trials, work
+from edc_hub import comparison, evaluate, feed, judged, launch, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.recipe import Images
@@ -240,6 +240,16 @@ def test_a_protocol_without_mixing_has_one_row_where_others_have_two(toy_run, tm
     assert set(found["students"]["narrow"]["rows"]) == {"set", "real_unmixed"}
     assert found["about"]["protocol"] == "dc (epochs 1)"
     assert found["about"]["bytes"]["labels"] == 0 < found["about"]["bytes"]["images"]
+
+
+@pytest.mark.parametrize("precision, emulated", [("bfloat16", True), ("bfloat16", False), ("float32", True)])
+def test_bfloat16_that_a_cpu_has_no_instructions_for_is_said(
+    toy_run, session, capsys, monkeypatch, precision, emulated
+):
+    monkeypatch.setattr(launch, "emulates_bfloat16", lambda: emulated)
+    bench(toy_run, session, "--evaluation.precision", precision).check()
+    said = "evaluation.precision: this CPU emulates bfloat16" in capsys.readouterr().err
+    assert said == (emulated and precision == "bfloat16")
 
 
 def test_labels_may_be_the_means_or_made_online_and_bytes_say_so(toy_run, tmp_path):
