@@ -18,7 +18,10 @@ class Flatness(Section):
     tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature (Table 4)")
     direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
     reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
-    rho: Rate = Field(0.05, description="radius of sam: L2 norm over the block, in units of the source's std")
+    rho: Rate = Field(
+        0.05,
+        description="radius of sam: root mean square over the block, in units of std (Table 4 names none)",
+    )
 
 
 class Densification(Section):
@@ -39,5 +42,8 @@ class Curriculum(Section):
 class Residual(Section):
     """Residual connection of FADRM: now and then the images are merged with what they started from."""
 
-    every: Count = Field(0, description="steps between merges, none after the last; 0: never (FADRM: 500 of 2000)")
+    every: Count = Field(
+        0,
+        description="steps between merges, none after the last step; 0: never (FADRM: 500 of 2000)",
+    )
     weight: Fraction = Field(0.5, description="weight of the initial image in a merge (FADRM: 0.5)")

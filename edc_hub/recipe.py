@@ -156,7 +156,7 @@ class Synthesize(Section):
     flatness: Flatness = Field(Flatness(), description="flatness regularisation")
     densification: Densification = Field(Densification(), description="data densification")
     tv: Rate = Field(0.0, description="weight of the total variation of the images (SRe2L's code; published as 0)")
-    l2: Rate = Field(0.0, description="weight of the squared norm of an image (SRe2L; published as 0)")
+    l2: Rate = Field(0.0, description="weight of the mean norm of an image, not squared (SRe2L; published as 0)")
     curriculum: Curriculum = Field(Curriculum(), description="crop curriculum")
     sizes: list[Positive] | None = Field(
         None, description="sides in pixels of the view: the next after each merge, else each round of observers"

@@ -163,10 +163,13 @@ def _levers(recipe: Recipe) -> Iterator[str]:
             f"synthesize.curriculum.start: {curriculum.start:g} is outside synthesize.crop_area [{low:g}, {high:g}]; "
             f"write e.g. {high:g}"
         )
+    if curriculum.kind == "step" and curriculum.milestone == 1:
+        yield "synthesize.curriculum.milestone: 1, where a step never comes down to crop_area; write e.g. 0.5"
     if section.sizes == []:
         yield "synthesize.sizes: an empty list; name sides of the view, or write null for source.size"
     if section.sizes and section.jitter >= min(section.sizes):
         yield f"synthesize.jitter: {section.jitter} px rolls past a view of {min(section.sizes)} px; write less"
+    yield from _sizes(recipe)
     if section.mix in ("mixup", "cutmix"):
         if section.block * recipe.images.grid**2 == 1:
             yield f"synthesize.mix: {section.mix} mixes two images of a block, and block is 1; write 2 or more"
@@ -182,6 +185,20 @@ def _levers(recipe: Recipe) -> Iterator[str]:
             f"synthesize.residual.every: {every} steps, and after the last of {section.iterations} nothing is merged; "
             "write less, or 0 for never"
         )
+
+
+def _sizes(recipe: Recipe) -> Iterator[str]:
+    """Views of another side have other tiles, but in networks that see one side alone."""
+    section, size, patch = recipe.synthesize, recipe.source.size, recipe.moments.patch
+    free = {net.name: net.arch for net in recipe.observers.networks if net.input_size is None}
+    other = [side for side in section.sizes or [] if -(-side // patch) != -(-size // patch)]
+    for name, _ in selected(recipe, section.observers) if "patch" in section.layers and other else ():
+        if name in free and not free[name].startswith("convnet"):
+            yield (
+                f"synthesize.sizes: {name} has other tiles at {other[0]} px than in the moments at {size} px; "
+                "write synthesize.layers [bn, conv], or give the network an input_size"
+            )
+            return
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:

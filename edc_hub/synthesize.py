@@ -90,7 +90,7 @@ def optimise(
             watch(step, z.detach(), loss)
         losses[step], z.grad = _slope(loss, z, scale, keep=flatness.kind != "sam")
         if flatness.kind == "sam":  # the running statistics remember what the step's gradient is taken at
-            away = z.detach() + z.grad * (flatness.rho / (z.grad.norm() + 1e-12))
+            away = z.detach() + z.grad * (flatness.rho / (z.grad.square().mean().sqrt() + 1e-12))
             _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
         adam.step()
         space.clamp(z)
@@ -210,6 +210,10 @@ def _facts(section: Synthesize) -> dict:
     for key in LATER:
         if getattr(section, key) == getattr(plain, key):
             del facts[key]
-    if section.flatness.kind != "sam":
+    if section.flatness.kind == "sam":
+        facts["flatness"]["radius"] = "root mean square"  # it was a norm over the block
+    else:
         del facts["flatness"]["rho"]
+    if section.alpha == 1:
+        facts["class_scope"] = plain.class_scope  # there is no class form
     return facts

@@ -61,7 +61,7 @@ SYNTHESIS = {
     "noise": ["--initialize.kind", "noise"],
     "curriculum": ["--synthesize.curriculum.kind", "cosine"],
     "flatness of statistics": ["--synthesize.flatness.kind", "statistics", "--synthesize.flatness.weight", "20.0"],
-    "sharpness-aware": ["--synthesize.flatness.kind", "sam", "--synthesize.flatness.rho", "5.0"],
+    "sharpness-aware": ["--synthesize.flatness.kind", "sam", "--synthesize.flatness.rho", "0.5"],
     "total variation": ["--synthesize.tv", "0.1"],
     "squared norm": ["--synthesize.l2", "0.1"],
     "two sizes": ["--synthesize.sizes", "[8, 6]"],

@@ -75,8 +75,9 @@ def test_sre2l_and_cda_optimise_an_image_of_each_of_100_classes_at_a_time():
 
 def test_cda_is_sre2l_with_crops_that_begin_whole():
     for name in ("imagenet1k", "imagenet10"):
-        curriculum = {f"synthesize.curriculum.{key}" for key in ("kind", "start", "milestone")}
-        assert changed(name, "sre2l", "cda") - curriculum <= {"evaluation.protocol", "evaluation.batch"}
+        own = {f"synthesize.curriculum.{key}" for key in ("kind", "start", "milestone")}
+        own |= {"evaluation.protocol", "evaluation.batch", "relabel.batch"}
+        assert changed(name, "sre2l", "cda") <= own
     section = recipe("imagenet1k", "cda").synthesize.curriculum
     assert (section.kind, section.start, section.milestone) == ("cosine", 1.0, 1.0)
 
@@ -133,6 +134,13 @@ def test_stored_labels_last_as_long_as_the_training_of_students():
         for method in ("sre2l", "cda", "gvbsm", "edc"):
             found = recipe(name, method)
             assert found.relabel.epochs == found.evaluation.epochs, (name, method)
+
+
+def test_views_are_mixed_in_the_batches_that_students_learn_from():
+    for name in PAPERS:
+        for method in ("sre2l", "cda", "edc", "edc-g"):
+            found = recipe(name, method)
+            assert found.relabel.batch == found.evaluation.batch, (name, method)
 
 
 # The ladder
