@@ -198,7 +198,10 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
         below = [{"protocol": protocol}, *_blocks(protocol, first)]
     below = recipes.layered(below, Evaluation)
     recipes.let_through(below, given.get("evaluation") or {})
-    under = [{"source": carried["source"]}, {"evaluation": below}]
+    source, wanted = dict(carried["source"]), given.get("source") or {}
+    if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
+        source["revision"] = source["revision"] or first.manifest["source"]["commit"]
+    under = [{"source": source}, {"evaluation": below}]
     return recipes.layered([*under, given], Comparison)
 
 
@@ -219,6 +222,9 @@ def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     values = [f"{key} {_value(ours[key], theirs[key])}" for key in changed]
     if section.labels == "stored" and first.epochs < section.epochs:
         values.append(f"{first.epochs} label epochs")
+    codec = first.manifest["soft_labels"]["codec"]
+    if section.labels == "stored" and codec != "dense":
+        values.append(f"top {first.recipe['relabel']['top_k']} labels" if codec == "top_k" else f"{codec} labels")
     nets = _labelling(section, first)
     if section.protocol in _ONE_TEACHER and section.labels != "hard" and nets != ["resnet18"]:
         values.append(f"labels of {len(nets)} networks" if len(nets) > 1 else f"labels of {nets[0]}")

@@ -67,9 +67,9 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         for place in places:
             if place == folder or record.replaces(found, place, session):
                 record.write(found, done, place)
-        trackers.log(asked, folder, done, outcomes)
-        print(report.table(found))
+        print(report.table(found), flush=True)
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")
+        trackers.log(asked, folder, done, outcomes)
     session.wait()
     return found
 

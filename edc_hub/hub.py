@@ -262,12 +262,9 @@ def _commit(version: Version, todo: Plan, repository: Repository) -> str:
 
 def may_write(id: str, say: Say = quiet) -> None:
     """Raises InputError where there is no token, or where it says that it may not write to `id`."""
-    token = get_token()
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-    if token is None:
+    if _token() is None:
         raise InputError(f"HF_TOKEN: no token, and only its owner may write to {id}; {login}")
-    if not re.fullmatch("[!-~]+", token):  # the client would put it into its message
-        raise InputError(f"HF_TOKEN: the token has characters that no token has; {login}")
     with plain(id):
         me = steady(HfApi().whoami, say)
     role = me.get("auth", {}).get("accessToken", {}).get("role")
@@ -278,11 +275,20 @@ def may_write(id: str, say: Say = quiet) -> None:
         raise InputError(f"{id}: {me['name']} may not write there; write one of {', '.join(names)} before the /")
 
 
+def _token() -> str | None:
+    """The token that requests carry. Raises InputError for one that cannot be sent."""
+    token = get_token()
+    if token is not None and not re.fullmatch("[!-~]+", token):  # the client would put it into its message
+        raise InputError("HF_TOKEN: the token has characters that no token has; log in with `hf auth login`")
+    return token
+
+
 def fetch(id: str, revision: str | None, pattern: str) -> Path:
     """A snapshot of a data set with the files that match a pattern; its folder is named by the commit.
 
     Errors: InputError in one line where it is not there, cannot be reached, or finds no place on the disk.
     """
+    _token()
     with plain(id, reading=f" at revision {revision}" if revision else ""):
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
         return Path(steady(lambda: snapshot_download(id, **options), attempts=3))

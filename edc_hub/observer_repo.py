@@ -149,8 +149,10 @@ def _timm(place: Path, network: Network, names: list[str]) -> None:
     facts = network.facts
     size = facts["input_size"] or facts["image_size"]
     data = {"input_size": (3, size, size), "mean": facts["mean"], "std": facts["std"], "crop_pct": 1.0}
+    kept = {key: value for key, value in network.module.pretrained_cfg.items() if not key.startswith("test_")}
+    network.module.pretrained_cfg = kept | data
     with tempfile.TemporaryDirectory() as beside:  # it writes weights too
-        save_for_hf(network.module, beside, {"label_names": names}, safe_serialization=True, data_config=data)
+        save_for_hf(network.module, beside, {"label_names": names}, safe_serialization=True)
         shutil.copyfile(Path(beside) / "config.json", place / "config.json")
 
 

@@ -99,7 +99,9 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
         return tensors, facts
 
-    matched = {} if methods.find(given.method) else dict(recipe.users(given).get("synthesize", []))
+    matched = dict(recipe.users(given).get("synthesize", []))
+    if matched and methods.find(given.method):  # which nobody asks for where observers only label
+        matched = {}
     for unit in units.values():
         if not session.store.has(unit):
             network = start(unit.name, 0)

@@ -74,9 +74,12 @@ def student_name(student: str | Student) -> str:
     return student if isinstance(student, str) else student.name or student.arch
 
 
-def of_student(section: Evaluation, name: str) -> Evaluation:
-    """The protocol of one student: `per_student` over the rest. Raises InputError for what is no key there."""
-    own = section.per_student.get(name, {})
+def of_student(section: Evaluation, name: str, arch: str | None = None) -> Evaluation:
+    """The protocol of one student: `per_student` over the rest, by its name or else by its architecture.
+
+    Raises InputError for what is no key there.
+    """
+    own = section.per_student.get(name, section.per_student.get(arch, {}))
     fixed = {"protocol", "students", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")

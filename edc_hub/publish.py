@@ -113,6 +113,8 @@ def push(
         if models:
             with suppress(OSError):  # where the folder may be written, the next version names them too
                 (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
+        if "Not measured yet." in (folder / "README.md").read_text(encoding="utf-8"):
+            say(f"the card of {id} misses accuracies: edc-hub evaluate and showcase fill it in; then publish again")
         return done
 
 

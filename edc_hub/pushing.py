@@ -4,6 +4,7 @@ from pathlib import Path
 
 from . import hub, publish
 from .recipe import Recipe
+from .weights import OURS
 
 
 def before(recipe: Recipe, folder: Path) -> None:
@@ -13,6 +14,9 @@ def before(recipe: Recipe, folder: Path) -> None:
         hub.may_write(name, publish.say)
     finished = (folder / "manifest.json").is_file()  # the tag may hold this very set
     _newest(section.id, tag=None if finished else section.tag, private=section.private)
+    for net in recipe.observers.networks if section.observers else ():
+        id = f"{section.observers}-{net.name}"
+        hub.newest(id, type="model", mark=OURS, tag=None, private=section.private)
 
 
 def after(recipe: Recipe, folder: Path) -> None:

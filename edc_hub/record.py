@@ -47,10 +47,12 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
             "name": first.manifest["name"],
             "method": first.manifest["method"],
             "ipc": first.ipc,
+            "part": bool(first.manifest["control"] or asked.source.classes),  # a control, or some classes alone
             "seeds": [condensed.manifest["seed"] for condensed in parsed.sets],
             "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
         },
         "protocol": parsed.protocol,
+        "own_protocol": _is_own(asked, first),
         "evaluation": _portable(asked, first),
         "split": asked.split,
         "test": {
@@ -73,6 +75,15 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
         },
         "versions": {name: version(name) for name in ("torch", "timm", "transformers", "datasets")},
     }
+
+
+def _is_own(asked: Comparison, first: "CondensedSet") -> bool:
+    """Whether students are trained as the set's own recipe says, whichever they are."""
+    from . import recipes
+
+    sections = asked.evaluation, recipes.resolve(first.recipe).evaluation
+    ours, theirs = (section.model_dump(exclude={"students", "teachers", "precision"}) for section in sections)
+    return ours == theirs
 
 
 def _mean(values: list[int | None]) -> int | None:
@@ -99,10 +110,11 @@ def own_folder(condensed: "CondensedSet") -> Path | None:
 
 def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
     """Whether results go into a dataset folder: not in the place of another protocol's, as those of
-    `rd3 (epochs 5)` are not `rd3`'s, nor of more students'."""
+    `rd3 (epochs 5)` are not `rd3`'s, nor of more students'. Those of the set's own protocol replace any other's."""
     try:
         old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         protocols = [results["about"]["protocol"] for results in (old, found)]
+        own = [results["about"].get("own_protocol") for results in (old, found)]
         more = [
             f"{student}, {row}"
             for student, own in old["students"].items()
@@ -111,13 +123,13 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    if protocols[0] != protocols[1]:
-        why = f"of protocol {protocols[0]}"
-    elif more:
-        why = f"of more students ({more[0]})"
-    else:
+    if own == [False, True] or (protocols[0] == protocols[1] and not more):
         return True
-    session.report(f"{folder} keeps its results, which are {why}; remove its results.json to replace them")
+    if protocols[0] == protocols[1]:
+        why, remedy = f"of more students ({more[0]})", "name all in one command, which finds trained students, or "
+    else:
+        why, remedy = f"of protocol {protocols[0]}", ""
+    session.report(f"{folder} keeps its results, which are {why}; {remedy}remove its results.json to replace them")
     return False
 
 

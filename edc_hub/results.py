@@ -74,6 +74,8 @@ def _published(about: dict[str, Any], student: str) -> list[dict[str, Any]]:
     from . import published
 
     arch = about["published_as"].get(student)
+    if about["split"] != "test" or about["set"].get("part"):  # papers' figures are of other images
+        return []
     return published.lookup(about["set"]["name"], about["set"]["ipc"], arch) if arch else []
 
 

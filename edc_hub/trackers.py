@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 if TYPE_CHECKING:
@@ -21,19 +21,29 @@ def check(names: list[str]) -> None:
 
 
 def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[Outcome]") -> None:
-    """Sends every student's loss and learning rate by epoch and its accuracies at the end; on the main process."""
+    """Sends every student's loss and learning rate by epoch and its accuracies at the end; on the main process.
+
+    Raises InputError where a tracker fails.
+    """
     from accelerate import tracking
 
     config = {f"evaluation.{key}": str(value) for key, value in asked.evaluation.model_dump().items()}
     for kind in asked.report_to:
         tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
         where = {"logging_dir": folder / "tracking"} if tracker_class.requires_logging_directory else {}
-        tracker = tracker_class(folder.parent.name or "edc_hub", **where)
-        tracker.start()
-        tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
-        for epoch, values in sorted(_by_epoch(done, outcomes).items()):
-            tracker.log(values, step=epoch)
-        tracker.finish()
+        try:
+            tracker = tracker_class(folder.parent.name or "edc_hub", **where)
+            tracker.start()
+            tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
+            for epoch, values in sorted(_by_epoch(done, outcomes).items()):
+                tracker.log(values, step=epoch)
+            tracker.finish()
+        except Exception as error:  # each in its own way: no login, no network, no disk
+            reason = first_line(error) or type(error).__name__
+            raise InputError(
+                f"report_to: {kind} failed ({reason}); the results are written, and the same command again trains "
+                f"nothing: mend it, or remove {kind}"
+            ) from error
 
 
 def _by_epoch(done: "list[Done]", outcomes: "list[Outcome]") -> dict[int, dict[str, float]]:

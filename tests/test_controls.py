@@ -8,7 +8,7 @@ import torch
 from helpers_evaluation import MACHINE, condensed
 from safetensors.torch import save_file
 
-from edc_hub import documents, evaluate, observers, recipes, source
+from edc_hub import comparison, documents, evaluate, observers, recipes, source
 from edc_hub.condensed import CondensedSet
 from edc_hub.work import Session, Store
 
@@ -43,6 +43,28 @@ def run(place, toy_run, out, *more):
     argv = ["--dataset", str(place), *real, *FEW, "--output_dir", str(out), *MACHINE, *more]
     assert evaluate.main(argv) == 0
     return json.loads((out / "results.json").read_text())
+
+
+def test_the_real_set_is_the_one_that_the_set_was_made_from_whatever_was_committed_since(alone):
+    place = alone()
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["source"]["commit"] = "0" * 40
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    carried = {"dataset": [str(place)]}
+    assert comparison.resolve(carried).comparison.source.revision == "0" * 40
+    other = {**carried, "source": {"path": "somebody/else"}}
+    assert comparison.resolve(other).comparison.source.revision is None
+    named = {**carried, "source": {"revision": "main"}}
+    assert comparison.resolve(named).comparison.source.revision == "main"
+
+
+def test_labels_of_a_set_whose_method_is_elsewhere_are_made_without_that_method(alone, toy_run, tmp_path):
+    place = alone()
+    recipe = (place / "recipe.yaml").read_text()
+    (place / "recipe.yaml").write_text(recipe.replace("method: edc\n", "method: of_somebody:else_\n"))
+    assert "of_somebody" in (place / "recipe.yaml").read_text()
+    found = run(place, toy_run, tmp_path / "out")
+    assert not {"initial", "random"} & found["about"]["unavailable"].keys()
 
 
 def test_controls_of_a_downloaded_set_are_those_that_its_run_made(alone, toy_run, tmp_path):

@@ -16,6 +16,7 @@ import PIL.Image
 import psutil
 import pytest
 import torch
+from accelerate import tracking
 from helpers_evaluation import MACHINE, NAMES, STUDENT, condensed, write_source
 from safetensors.torch import save_file
 from torchvision.transforms import v2
@@ -362,9 +363,22 @@ def test_a_tracker_that_is_not_installed_is_one_line(toy_run, capsys, monkeypatc
 
 
 def test_tensorboard_gets_curves_and_accuracies(toy_run, tmp_path):
-    pytest.importorskip("tensorboard")
     run(toy_run, *FEW, "--report_to", "tensorboard", out=tmp_path)
     assert list((tmp_path / "tracking").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_fails_costs_neither_table_nor_results(toy_run, tmp_path, capsys, monkeypatch):
+    class Broken(tracking.TensorBoardTracker):
+        def start(self):
+            raise ConnectionError("no route to the tracker\nand more")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "tensorboard", Broken)
+    argv = ["--dataset", str(toy_run), *FEW, *MACHINE, "--report_to", "tensorboard", "--output_dir", str(tmp_path)]
+    assert evaluate.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert "condensed set" in out and (tmp_path / "results.json").is_file()
+    assert "error: report_to: tensorboard failed (no route to the tracker); the results are written" in err
+    assert "Traceback" not in err
 
 
 def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_path, monkeypatch):
@@ -545,3 +559,14 @@ def test_results_of_fewer_students_or_another_protocol_stay_out_of_the_set_s_car
         assert (runs / "first/dataset/results.json").read_text() == kept
         assert (runs / "first/dataset/README.md").read_text() == card
     assert (runs / "first/evaluation/dc/results.json").is_file()  # beside, not in the place of the set's own protocol
+
+
+def test_results_of_the_set_s_own_protocol_take_the_place_of_a_trial_s(toy_run, tmp_path):
+    runs = tmp_path / "runs"
+    shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))
+    place = runs / "first/dataset/results.json"
+    place.unlink(missing_ok=True)
+    for more, epochs in ((["--evaluation.epochs", "1"], 1), ([], 2)):
+        run(runs / "first", *FEW, *more)
+        assert f"epochs {epochs}," in json.loads(place.read_text())["about"]["protocol"]
+    assert "epochs 2," in (runs / "first/dataset/README.md").read_text()

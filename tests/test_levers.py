@@ -458,7 +458,8 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
     facts = synthesize._facts(Synthesize())
     assert set(facts) == {
         "block", "block_order", "iterations", "lr", "betas", "eps", "crop_area", "flip", "jitter", "weight",
-        "first_layer", "layers", "drop_rate", "alpha", "class_scope", "local_images", "ema", "flatness", "densification",
+        "first_layer", "layers", "drop_rate", "alpha", "class_scope", "local_images", "ema", "flatness",
+        "densification",
     }  # fmt: skip
     assert set(facts["flatness"]) == {"kind", "weight", "beta", "tau", "direction", "reduction"}
     alone = [synthesize._facts(Synthesize(alpha=1.0, class_scope=scope)) for scope in ("mixture", "per_class")]

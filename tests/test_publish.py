@@ -406,6 +406,33 @@ def test_observers_are_published_before_the_set_that_names_them(hub, publish, to
     assert shared.returncode == 0, shared.stderr
 
 
+def test_a_published_set_is_evaluated_beside_controls_made_again(hub, publish, toy_run, name, tmp_path):
+    """In a fresh process, as somebody who has the real set and nothing of ours."""
+    runs, nets = Path(shutil.copytree(toy_run.parent, tmp_path / "runs")), f"{name[:40]}-nets"
+    assert publish(runs / toy_run.name, name, "--observers", nets).status == 0
+    code = """
+    import sys
+    from edc_hub import evaluate
+    id, real, out = sys.argv[1:]
+    sys.exit(evaluate.main([
+        "--dataset", id, "--revision", "v1.0.0", "--source.path", real, "--output_dir", out, "--seeds", "0",
+        "--controls", "initial,random", "--threads", "1", "--device", "cpu",
+    ]))
+    """
+    place = [str(toy_run.parent.parent / "toy"), str(tmp_path / "out")]
+    done = python(code, hub.url, tmp_path / "home", None, name, *place)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert (found["about"]["set"]["id"], found["about"]["set"]["revision"]) == (name, "v1.0.0")
+    (rows,) = (student["rows"] for student in found["students"].values())
+    assert {row: figures["n"] for row, figures in rows.items()} == {"set": 1, "initial": 1, "random": 2}
+    assert not found["about"]["unavailable"].keys() & {"initial", "random"}
+
+
+def test_a_set_that_nobody_has_measured_says_so_when_it_is_published(publish, dataset, toy_run, name):
+    assert "misses accuracies: edc-hub evaluate" in publish(dataset, name).err
+
+
 def test_a_set_without_stored_views_is_not_published_without_its_observers(hub, publish, dataset, name, tmp_path):
     folder = copy(dataset, tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
