@@ -122,16 +122,21 @@ class CondensedSet:
         manifest: dict[str, Any],
         fetch: Callable[[str], Path],
         remote: Callable[[list[str]], Parquet] | None = None,
+        views: str = "soft_labels",
     ):
-        self.manifest, self._fetch, self._remote = manifest, fetch, remote
+        self.manifest, self._fetch, self._remote, self._views = manifest, fetch, remote, views
 
     @classmethod
-    def load(cls, folder_or_id: str | Path, *, revision: str | None = None, streaming: bool = False) -> "CondensedSet":
+    def load(
+        cls, folder_or_id: str | Path, *, revision: str | None = None, streaming: bool = False, full: bool = False
+    ) -> "CondensedSet":
         """Opens a dataset folder of a finished run, or a set on the Hub; images and labels are read when asked for.
 
         Args: revision: tag, branch or commit on the Hub; streaming: of a set on the Hub, `views(epoch)` downloads
-        the row groups of that epoch and keeps none.
-        Errors: InputError for a place without a finished set, and for a format that this version does not know.
+        the row groups of that epoch and keeps none; full: views and labels are those of `soft_labels_full`, all label
+        epochs as float16, where the set was made with `relabel.full`.
+        Errors: InputError for a place without a finished set, for a format that this version does not know, and where
+        `full` asks for what the set has not.
         """
         place = str(folder_or_id)
         if Path(place).is_dir():
@@ -146,7 +151,13 @@ class CondensedSet:
             finished = (inside / "manifest.json").is_file()
             hint = f"give {inside}" if finished else "give the dataset folder of a finished run"
             raise InputError(f"{place}: no condensed set here, manifest.json is missing; {hint}")
-        return cls(manifest.read(path, place), fetch, partial(Parquet, place, folder.name) if streaming else None)
+        facts, config = manifest.read(path, place), "soft_labels"
+        if full:
+            config, soft = "soft_labels_full", facts["soft_labels"]
+            if "full_epochs" not in soft:
+                raise InputError(f"{place}: it has no soft_labels_full; leave out full, or make it with relabel.full")
+            facts["soft_labels"] = {**soft, **codecs.facts(Relabel()), "epochs": soft["full_epochs"]}
+        return cls(facts, fetch, partial(Parquet, place, folder.name) if streaming else None, config)
 
     def __repr__(self) -> str:
         count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
@@ -196,8 +207,8 @@ class CondensedSet:
     @cached_property
     def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
         if self._remote:
-            return self._remote([path for path in self.manifest["files"] if path.startswith("soft_labels/")])
-        return pyarrow.dataset.dataset(self._files("soft_labels"))
+            return self._remote([path for path in self.manifest["files"] if path.startswith(f"{self._views}/")])
+        return pyarrow.dataset.dataset(self._files(self._views))
 
     def _files(self, config: str) -> list[str]:
         folder = self._fetch(f"{config}/*")
@@ -215,7 +226,7 @@ class CondensedSet:
         mean, total = tables.column_bytes(self._files("images"), ("soft_label",))
         found = {"images": total - mean, "labels": mean if labels == "mean" else 0, "views": 0}
         if labels == "stored":
-            found["labels"], total = tables.column_bytes(self._files("soft_labels"), codecs.COLUMNS)
+            found["labels"], total = tables.column_bytes(self._files(self._views), codecs.COLUMNS)
             found["views"] = total - found["labels"]
         return found
 

@@ -265,6 +265,12 @@ def test_all_label_epochs_stand_beside_the_pruned_ones_as_a_configuration_of_the
     rows = load_dataset(str(place), "soft_labels_full", split="train", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == 30 * COUNT and "List(Value('float16')" in repr(rows.features["soft_label"])
     assert len(load_dataset(str(place), split="train", cache_dir=str(tmp_path / "cache"))) == COUNT  # images alone
+    read, known = CondensedSet.load(place, full=True), CondensedSet.load(whole)
+    assert read.epochs == 30 and read.sizes("stored") == known.sizes("stored")
+    assert all(torch.equal(read.views(epoch)[1], known.views(epoch)[1]) for epoch in (0, kept, 29))
+    assert torch.equal(read.replay(29), known.replay(29))
+    with pytest.raises(InputError, match="has no soft_labels_full; leave out full, or make it with relabel.full"):
+        CondensedSet.load(whole, full=True)
 
 
 def test_a_control_has_as_many_label_epochs_as_its_set(session):
