@@ -11,6 +11,7 @@ from helpers_evaluation import STUDENT
 
 from edc_hub import comparison, documents, keys, recipes
 from edc_hub.errors import InputError
+from edc_hub.protocol import Evaluation, of_student
 
 
 @pytest.fixture
@@ -86,6 +87,22 @@ def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
     assert protocol("--evaluation.protocol", "dc", "--evaluation.students", "resnet18,convnet3") == "dc"
     for key, value in (("lr", 0.5), ("test_resize", 9), ("precision", "bfloat16"), ("momentum", 0.1)):
         assert protocol("--evaluation.protocol", "dc", f"--evaluation.{key}", value) == f"dc ({key} {value})"
+
+
+@pytest.mark.parametrize("codec, said", [("int8", "int8 labels"), ("top_k", "top 10 labels"), ("dense", None)])
+def test_labels_that_lost_something_show_in_the_name_of_a_row(copied, codec, said):
+    soft = json.loads((copied() / "manifest.json").read_text())["soft_labels"]
+    folder = copied("other", manifest={"soft_labels": {**soft, "codec": codec}})
+    named = f", {said}" if said else ""
+    assert comparison.parse(["--dataset", str(folder)]).protocol == f"edc (batch 4, epochs 2, ema decay 0.5{named})"
+    hard = comparison.parse(["--dataset", str(folder), "--evaluation.protocol", "dc"])
+    assert hard.protocol == "dc"  # which reads none of them
+
+
+def test_other_values_for_a_student_are_found_by_its_name_or_its_architecture():
+    section = Evaluation(lr=1e-3, per_student={"swin_tiny": {"lr": 1e-4}, "mine": {"lr": 1e-2}})
+    assert of_student(section, "swin_tiny", "swin_tiny").lr == of_student(section, "small", "swin_tiny").lr == 1e-4
+    assert of_student(section, "mine", "swin_tiny").lr == 1e-2 and of_student(section, "other", "resnet18").lr == 1e-3
 
 
 def test_the_printed_recipe_loads_back_to_the_same_comparison(ask, tmp_path):

@@ -583,7 +583,7 @@ def test_a_refused_token_is_one_line_with_what_to_do(hub, publish, dataset, name
     assert publish(dataset, name).status == 0 and len(commits(hub, name)) == 1
 
 
-def test_tokens_that_may_not_write_are_named_before_anything_is_sent(hub, publish, dataset, name):
+def test_tokens_that_may_not_write_are_named_before_anything_is_sent(hub, publish, dataset, name, tmp_path):
     for token, said in (
         ("", "no token"),
         ("hf_unknown", "does not know the token"),
@@ -595,6 +595,9 @@ def test_tokens_that_may_not_write_are_named_before_anything_is_sent(hub, publis
         assert done.status == 2 and said in done.err and len(done.err.splitlines()) == 1
         assert not token or token not in done.err
     assert f"datasets/{name}" not in hub.repos
+    code = "import sys; from edc_hub import evaluate; sys.exit(evaluate.main(['--dataset', 'org/none']))"
+    read = python(code, hub.url, tmp_path / "home", "hf_tökén")
+    assert read.returncode == 2 and "characters that no token has" in read.stderr and "tökén" not in read.stderr
 
 
 # Others who write

@@ -169,6 +169,18 @@ def test_published_figures_are_asked_for_and_shown_with_the_epoch_they_are_of(pu
         assert "published: EDC 79.1 ± 0.3 (unknown), RDED 37.1 (best)" in text and text.count("published:") == 1
 
 
+@pytest.mark.parametrize("other", [{"split": "holdout"}, {"set": {**about()["set"], "part": True}}])
+def test_published_figures_stand_beside_whole_test_splits_alone(published, other):
+    found = results.summarise(everything(), about(**other))
+    assert published == [] and found["students"]["resnet18"]["published"] == []
+
+
+def test_the_figures_that_ship_are_looked_up(monkeypatch):
+    monkeypatch.undo()  # the table itself
+    found = results.summarise(everything(), about())["students"]["resnet18"]["published"]
+    assert {"method": "EDC", "accuracy": 0.791, "std": 0.003, "as": "unknown"}.items() <= found[0].items()
+
+
 def test_the_table_fits_a_terminal_and_its_columns_are_aligned():
     long = {"hard_mixed": "a reason that goes on " * 12}
     outcomes = [it for it in everything() if it.row not in ("hard_mixed", "initial")]
