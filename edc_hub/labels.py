@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 STAGE = "views"
-Teach = Callable[[Tensor], Tensor]
+Teacher = Callable[[Tensor], Tensor]
 """Mean logits float32 (B, C) of views (B, 3, v, v) in [0, 1]."""
 
 
@@ -110,7 +110,7 @@ def obtain(
     whole = Labels(session.store, units)
 
     @cache  # only where a unit is missing, and once
-    def ready() -> tuple[Tensor, Teach]:
+    def ready() -> tuple[Tensor, Teacher]:
         networks = [observers.load(name, epoch) for name, epoch in chosen]
         return canvas.decode(images.to(session.device), grid), teacher(networks, section, session)
 
@@ -164,7 +164,7 @@ def _kept(section: Relabel, count: int, labelled: Callable[[int], Labels], sessi
 def _label_epoch(
     pictures: Tensor,
     grid: int,
-    teach: Teach,
+    teach: Teacher,
     section: Relabel,
     epoch: int,
     generator: torch.Generator,
@@ -178,7 +178,7 @@ def _label_epoch(
     return views.take({**table, "soft_label": labels}, slice(count))
 
 
-def _images_themselves(pictures: Tensor, grid: int, teach: Teach, section: Relabel) -> Tensor:
+def _images_themselves(pictures: Tensor, grid: int, teach: Teacher, section: Relabel) -> Tensor:
     """Mean logits (N, C) float16 of the images as they are, in their order: over the pictures of each."""
     count, size = len(pictures), pictures.shape[-1]
     table = views.take(views.whole(count, size), _filled(count, section))
@@ -186,7 +186,7 @@ def _images_themselves(pictures: Tensor, grid: int, teach: Teach, section: Relab
     return labels.unflatten(0, (-1, grid**2)).mean(1).half()
 
 
-def _labelled(pictures: Tensor, table: ViewTable, teach: Teach, section: Relabel) -> Tensor:
+def _labelled(pictures: Tensor, table: ViewTable, teach: Teacher, section: Relabel) -> Tensor:
     """Mean logits float32 (rows, C), on the CPU, of rows in the order of their batches."""
     size = section.view_size or pictures.shape[-1]
     found = []
@@ -204,7 +204,7 @@ def _filled(count: int, section: Relabel) -> Tensor:
     return rows
 
 
-def teacher(networks: list, section: Relabel, session: Session) -> Teach:
+def teacher(networks: list, section: Relabel, session: Session) -> Teacher:
     """`mean_logits` of these networks, as a function of the views alone."""
     return Recorded(lambda x: mean_logits(networks, x, section, session), session.device)
 

@@ -114,7 +114,7 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
     try:
         old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         protocols = [results["about"]["protocol"] for results in (old, found)]
-        own = [results["about"].get("own_protocol") for results in (old, found)]
+        sets_own = [results["about"].get("own_protocol") for results in (old, found)]
         more = [
             f"{student}, {row}"
             for student, own in old["students"].items()
@@ -123,7 +123,7 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
         ]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    if own == [False, True] or (protocols[0] == protocols[1] and not more):
+    if sets_own == [False, True] or (protocols[0] == protocols[1] and not more):
         return True
     if protocols[0] == protocols[1]:
         why, remedy = f"of more students ({more[0]})", "name all in one command, which finds trained students, or "

@@ -32,7 +32,7 @@ class Teachers:
     def _recipe(self) -> Recipe:
         run, given = self._condensed.run, self._section.teachers
         if run and not given:  # as it is, so that the run's own observers are found
-            return recipes.resolve(documents.load(run / "recipe.yaml"))
+            return self._as_run(recipes.resolve(documents.load(run / "recipe.yaml")))
         recipe = recipes.resolve(self._condensed.recipe)
         mode = "running" if given else recipe.relabel.observer_mode  # others' networks do not label as the set's did
         changes = {
@@ -43,6 +43,11 @@ class Teachers:
             "initialize": recipe.initialize.model_copy(update={"kind": "real"}),
         }
         return recipe.model_copy(update=changes)  # they label and do nothing else
+
+    def _as_run(self, recipe: Recipe) -> Recipe:
+        """The run's recipe with the images it had, whatever came to their repository since."""
+        revision = recipe.source.revision or self._condensed.manifest["source"]["commit"]
+        return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
     def _published(self, recipe: Recipe) -> list[Section]:
         """The observers that label the set, with the weights that are published with it."""
@@ -99,7 +104,7 @@ class Teachers:
         """Size of their weights."""
         return sum(x.numel() * x.element_size() for network in self.networks for x in network.state_dict().values())
 
-    @property
+    @cached_property
     def teach(self) -> Teach:
         """Mean logits of views, with BatchNorm as in the set's own labels (`relabel.observer_mode`)."""
         label = labels.teacher(self.networks, self._recipe.relabel, self._own_session)

@@ -1,12 +1,16 @@
 """Soft labels made while a student trains: whose logits they are, of which weights, and what they cost."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from accelerate import PartialState
+from helpers_evaluation import RECIPE, write_source
 from helpers_evaluation import condensed as make
+from hub import Hub, python
 from safetensors.torch import save_file
 
 from edc_hub import documents, labels, observers, recipes, source, teachers, views
@@ -59,6 +63,31 @@ def test_a_run_that_was_moved_without_its_observers_trains_none(toy_run, beside,
     made = teachers.Teachers(condensed, section, recipe(toy_run).source, elsewhere)
     with pytest.raises(InputError, match="run: observers/plain is not in .*; give the command where the run was"):
         _ = made.fingerprints
+
+
+def test_a_run_s_observers_are_found_though_its_real_set_has_new_commits(tmp_path):
+    """A real set on the Hub, condensed by the real client, and then changed."""
+    files = {str(path.relative_to(tmp_path / "toy")): path for path in write_source(tmp_path / "toy").rglob("*.*")}
+    recipe = {**RECIPE, "source": {**RECIPE["source"], "path": "org/toy"}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**recipe, "relabel": {**recipe["relabel"], "controls": False}}))
+    code = """
+    import sys
+    from huggingface_hub import HfApi
+    from edc_hub import condense, evaluate
+    machine, (recipe, run) = ["--threads", "1", "--device", "cpu"], sys.argv[1:]
+    assert condense.main([recipe, "--output_dir", run, *machine]) == 0
+    HfApi().upload_file(path_or_fileobj=b"new", path_in_repo="README.md", repo_id="org/toy", repo_type="dataset")
+    asked = ["--evaluation.labels", "online", "--controls", "[]", "--seeds", "0"]
+    sys.exit(evaluate.main(["--dataset", run, *asked, *machine]))
+    """
+    with Hub() as hub:
+        first = hub.commit("org/toy", {path: file.read_bytes() for path, file in files.items()})
+        place = [str(tmp_path / "toy.yaml"), str(tmp_path / "runs/toy")]
+        done = python(code, hub.url, tmp_path / "home", hub.token, *place)
+        assert done.returncode == 0, done.stderr
+        assert hub.commits("org/toy")[0].oid != first
+    about = json.loads((tmp_path / "runs/toy/dataset/results.json").read_text())["about"]
+    assert about["test"]["commit"] == first and about["bytes"]["observers"] > 0
 
 
 def test_a_set_by_a_relative_path_finds_its_run(toy_run, monkeypatch):
