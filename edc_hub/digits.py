@@ -5,7 +5,6 @@ import hashlib
 import datasets
 import numpy as np
 import PIL.Image
-from sklearn.datasets import load_digits
 
 
 def load(stratified) -> tuple[datasets.DatasetDict, str]:
@@ -13,6 +12,8 @@ def load(stratified) -> tuple[datasets.DatasetDict, str]:
 
     `stratified(labels, fraction, seed)` draws a boolean mask with that fraction of each class.
     """
+    from sklearn.datasets import load_digits  # takes as long to import as torch
+
     bunch = load_digits()
     pixels, labels = bunch.images, bunch.target.astype(np.int64)
     test = stratified(labels, 0.2, 0)

@@ -223,10 +223,7 @@ def keep_freed_memory() -> None:
 
 def _quiet() -> None:
     """Libraries report on the first process only, and below it nothing that a user must not act on."""
-    import datasets
-    import transformers
+    from datasets.utils import logging
 
-    for library in (datasets, transformers):
-        logging = library.utils.logging
-        logging.set_verbosity_warning() if is_first() else logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    logging.set_verbosity_warning() if is_first() else logging.set_verbosity_error()
+    logging.disable_progress_bar()

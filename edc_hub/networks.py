@@ -7,6 +7,8 @@ Normalisation and the size a network wants belong to the face, so nothing else e
 import difflib
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,9 +173,7 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: 
                 return timm.create_model(name, pretrained=False, num_classes=classes, **args)
             known = timm.list_models()
         elif library == "transformers":
-            from transformers import AutoModelForImageClassification
-
-            return AutoModelForImageClassification.from_config(_config(name, classes, args))
+            return transformers().AutoModelForImageClassification.from_config(_config(name, classes, args))
         elif library != "torchvision":
             known, name, library = list(OURS), arch, ""
     except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ImportError) as error:
@@ -185,19 +185,31 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: 
     raise InputError(f"arch: no network '{arch}'; did you mean one of: {', '.join(near)}")
 
 
+@cache
+def transformers() -> ModuleType:
+    """The library, as quiet as `datasets` is. Importing it takes a second, and few networks are its."""
+    import datasets
+    import transformers as library
+
+    library.utils.logging.set_verbosity(datasets.utils.logging.get_verbosity())
+    library.utils.logging.disable_progress_bar()
+    return library
+
+
 def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
     """The configuration of a model type that classifies images (no network), of a local folder or of a Hub id."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+
+    configs = transformers().AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES
 
     try:
         if name in TYPES:
-            known = AutoConfig.for_model(name)
+            known = configs.for_model(name)
             if wrong := [key for key in args if not hasattr(known, key)]:  # it would take them without a word
                 raise TypeError(f"a {name} has no {', '.join(wrong)}")
-            return AutoConfig.for_model(name, num_labels=classes, **args)
-        return AutoConfig.from_pretrained(name, num_labels=classes, **args)
+            return configs.for_model(name, num_labels=classes, **args)
+        return configs.from_pretrained(name, num_labels=classes, **args)
     except OSError as error:
         raise InputError(
             f"no configuration in '{name}' ({_line(error)}); give a model type, a Hub id or a local folder"

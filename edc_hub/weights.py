@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import InputError, first_line
-from .networks import Network
+from .networks import Network, transformers
 
 
 OURS = "edc_hub.json"  # in what `observer_repo` wrote: model.safetensors is the state of our module
@@ -167,10 +167,8 @@ def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
 
 
 def _transformers(name: str, **options: Any) -> dict[str, Tensor]:
-    from transformers import AutoModelForImageClassification
-
     try:
-        return AutoModelForImageClassification.from_pretrained(name, **options).state_dict()
+        return transformers().AutoModelForImageClassification.from_pretrained(name, **options).state_dict()
     except (OSError, ValueError) as error:
         raise InputError(f"weights: {name}: {first_line(error)}; give an image classifier") from error
 

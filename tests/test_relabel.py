@@ -250,24 +250,29 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, theirs, capsys):
 
 def test_a_set_is_published_once_it_is_labelled(made, theirs, tmp_path):
     code = """
-    import json, sys
+    import contextlib, io, json, sys
+    from huggingface_hub import HfApi
     from edc_hub import relabel
-    sys.exit(relabel.main(json.loads(sys.argv[1])))
+    for argv in json.loads(sys.argv[1]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = relabel.main(argv)
+        there = [HfApi().repo_exists("org/digits", repo_type="dataset"), HfApi().repo_exists("org/nets-plain")]
+        print(json.dumps([status, out.getvalue(), err.getvalue(), there]))
     """
     argv = [str(made.parent / "tiny.yaml"), "--images", str(theirs[0]), "--output_dir", str(made.parent / "pushed")]
     argv += ["--threads", "1", "--device", "cpu", "--relabel.controls", "false", "--relabel.codec", "observers"]
     argv += ["--evaluation.labels", "online", "--evaluation.augment", "own", "--hub.push", "true"]
+    place = ["--hub.id", "org/digits", "--hub.observers", "org/nets"]
+    calls = [[*argv, *place[:2]], [*argv, *place, "--dry_run"], [*argv, *place]]
     with Hub() as hub:
-        place = ["--hub.id", "org/digits", "--hub.observers", "org/nets"]
-        for more in (place[:2], [*place, "--dry_run"], place):
-            done = python(code, hub.url, tmp_path / "home", hub.token, json.dumps([*argv, *more]))
-            if more == place[:2]:
-                assert done.returncode == 2 and "hub.observers: a set without stored views" in done.stderr
-                continue
-            assert done.returncode == 0, done.stderr
-            if "--dry_run" in more:
-                assert "create    dataset org/digits\ncommit    model org/nets-plain\n" in done.stdout
-                assert not hub.repos and "soft_labels" not in done.stdout
+        done = python(code, hub.url, tmp_path / "home", hub.token, json.dumps(calls))
+        alone, dry, pushed = (json.loads(line) for line in done.stdout.splitlines())
+        assert alone[0] == 2 and "hub.observers: a set without stored views" in alone[2]
+        assert dry[0] == 0 and "create    dataset org/digits\ncommit    model org/nets-plain\n" in dry[1]
+        assert "soft_labels" not in dry[1]
+        assert pushed[0] == 0, pushed[2]
+        assert [call[3] for call in (alone, dry, pushed)] == [[False, False], [False, False], [True, True]]
         files = hub.files("org/digits", "v1.0.0")
         assert json.loads(files["observers.json"])["plain@3"]["weights"] == "org/nets-plain@v1.0.0"
         assert "observers that label" in files["README.md"].decode() and hub.tags("org/nets-plain", "model")
