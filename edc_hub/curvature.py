@@ -19,10 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import encoding, synthesize, work
 from .initialize import Initial
-from .moments import Moments
 from .objective import Observed, Space
 from .recipe import Recipe, Synthesize, selected
 from .taps import Taps
+from .targets import Moments
 from .work import Progress, Session
 
 

@@ -18,12 +18,12 @@ from . import labels, matching, moments, students, views, work
 from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Batch, Stored
-from .moments import Targets
 from .networks import Network
 from .observers import Observers
 from .recipe import Recipe, roles, selected, title
 from .sites import KINDS
 from .taps import Taps
+from .targets import Moments, Targets
 from .trials import Bench, Trial
 from .work import Session
 
@@ -141,7 +141,7 @@ def class_distances(
 
 
 def moment_distances(
-    recipe: Recipe, sets: dict[str, list[CondensedSet]], watching: Observers, known: moments.Moments, session: Session
+    recipe: Recipe, sets: dict[str, list[CondensedSet]], watching: Observers, known: Moments, session: Session
 ) -> dict[str, Any]:
     """Each observer's and kind's `class_distances`, for the condensed images and the controls that there are.
 
@@ -179,7 +179,7 @@ def _of_set(
     network: Network,
     entry: tuple[str, int],
     condensed: CondensedSet,
-    known: moments.Moments,
+    known: Moments,
     recipe: Recipe,
     session: Session,
 ) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from .errors import InputError
 from .protocol import Student, student_name
 from .realset import RealSet
 from .recipe import Recipe
+from .targets import Moments
 from .trials import Bench, Trial
 from .work import Kept, Session
 
@@ -71,7 +72,7 @@ class Finished:
     def initial(self) -> initialize.Initial:
         return initialize.obtain(self.recipe, self.real, self.observers, self.kept)
 
-    def moments(self, recipe: Recipe) -> moments.Moments:
+    def moments(self, recipe: Recipe) -> Moments:
         """Moments with the targets of `recipe`: the run's, or one with other targets of the same moments."""
         return moments.obtain(recipe, self.real, self.observers, self.kept)
 

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from . import matching, moments
-from .moments import Targets
 from .networks import Network
 from .recipe import Recipe
 from .source import RealSet
 from .taps import Taps
+from .targets import Targets
 from .work import Session
 
 

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .levers import Flatness
-from .moments import Targets
 from .recipe import Synthesize
 from .taps import Layout
+from .targets import Targets
 
 
 def group(first: Tensor, second: Tensor, shift: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:

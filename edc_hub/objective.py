@@ -11,10 +11,10 @@ from .crops import Crop, Mix
 from .errors import InputError, first_line
 from .levers import Flatness
 from .matching import Matcher
-from .moments import Targets
 from .networks import Network
 from .recipe import Recipe, Source, Synthesize
 from .taps import Taps
+from .targets import Targets
 from .work import Session
 
 

@@ -30,10 +30,10 @@ from . import (
     views,
     work,
 )
-from .moments import Targets
 from .recipe import Recipe, users
 from .source import RealSet
 from .taps import Taps
+from .targets import Targets
 from .work import Session
 
 

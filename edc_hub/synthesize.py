@@ -15,12 +15,12 @@ from torch import Tensor
 from . import local, work
 from .errors import InputError
 from .initialize import Initial
-from .moments import Moments
 from .networks import Network
 from .objective import AVERAGED, Loss, Observed, Space, step_loss
 from .observers import Observers
 from .recipe import Recipe, Synthesize, selected
 from .source import RealSet
+from .targets import Moments
 from .work import Progress, Session, Unit
 
 

@@ -13,10 +13,10 @@ from torch import nn
 from edc_hub import curvature, diagnose, diagnosis, documents, evaluate, finished, networks, students
 from edc_hub.condensed import CondensedSet
 from edc_hub.feed import Stored
-from edc_hub.moments import Targets
 from edc_hub.protocol import Evaluation
 from edc_hub.recipe import Recipe, Synthesize
 from edc_hub.taps import Taps
+from edc_hub.targets import Targets
 from edc_hub.trials import Trial
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from edc_hub import matching, networks
 from edc_hub.levers import Flatness
 from edc_hub.matching import Matcher, Running
-from edc_hub.moments import Targets
 from edc_hub.recipe import Synthesize
 from edc_hub.taps import Layout, Taps
+from edc_hub.targets import Targets
 
 
 LAYOUT = Layout.of(

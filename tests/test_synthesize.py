@@ -376,8 +376,8 @@ def taps_of(net):
 
 def target(net):
     """Targets from random real images, by the taps themselves."""
-    from edc_hub.moments import Targets
     from edc_hub.taps import Taps
+    from edc_hub.targets import Targets
 
     taps = Taps(net, patch=4)
     with torch.no_grad(), taps:
