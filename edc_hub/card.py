@@ -32,15 +32,19 @@ def render(
     repo: str,
     *,
     old: Path | None = None,
+    measured: bool = False,
 ) -> str:
     """The text of README.md.
 
     Args: data: the tables of each configuration; repo: what a reader gives to `load_dataset`; old:
-    a card that is replaced, if it is there.
+    a card that is replaced, if it is there; measured: it is of the same rows, so what it measured holds.
     """
     blocks = _configurations(manifest, data)
     text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo)
-    return kept(text, old.read_text(encoding="utf-8")) if old and old.is_file() else text
+    if not (old and old.is_file()):
+        return text
+    before = old.read_text(encoding="utf-8")
+    return kept(_measured(text, before, manifest, evaluation) if measured else text, before)
 
 
 def again(
@@ -51,14 +55,27 @@ def again(
     What was measured, and what a person added, is in it again; accuracies of other lines than it shows are not.
     Args: published: weights, arch and bytes of each observer that is published beside the set.
     """
-    blocks = {name: value for name, value in DatasetCard(old).data.to_dict().items() if name in _BLOCKS}
+    blocks = {name: value for name, value in _read(old).data.to_dict().items() if name in _BLOCKS}
     text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
+    return kept(_measured(text, old, manifest, evaluation), old)
+
+
+def _measured(text: str, old: str, manifest: dict[str, Any], evaluation: Evaluation) -> str:
+    """The card `text` with what was measured in `old`, but for accuracies of other lines than it shows."""
     stamp = of_example(manifest, evaluation)
     for name in MEASURED:
         there = marked(old, name)
         if there and (name == "results" or stamp in there):
             text = filled(text, name, there)
-    return kept(text, old)
+    return text
+
+
+def _read(text: str) -> DatasetCard:
+    """A card that a person may have changed. Raises InputError where its metadata cannot be read."""
+    try:
+        return DatasetCard(text, ignore_metadata_errors=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError("README.md: its metadata is broken YAML; correct it, between the lines of ---") from error
 
 
 def of_example(manifest: dict[str, Any], evaluation: Evaluation) -> str:
@@ -99,6 +116,8 @@ def _rendered(
         shown="pictures" if side > 1 else "images",
         soft=soft,
         likeness=manifest.get("likeness"),
+        cited=_cited(manifest, source),
+        citations=terms.citations(manifest["method"]),
         source=source,
         source_link=f"[{name}]({source['link']})" if source["link"] else name,
         origin=origin[control],
@@ -118,6 +137,17 @@ def _rendered(
         steps=" → ".join(step for step, used in steps.items() if used),
     )
     return made.content.rstrip() + "\n"  # Jinja drops the last line's end
+
+
+def _cited(manifest: dict[str, Any], source: dict[str, Any]) -> str:
+    """Who is to be cited, in words; BibTeX that is known stands below them."""
+    whole = ["the source" if source["citation"] else f"the source, {source['id']}, as its authors ask"]
+    method = manifest["method"]
+    if "origin" in manifest:
+        whole.append(f"{manifest['origin']['id']}, whose images these are, as its authors ask")
+    elif not method.startswith("edc") and method != "random":
+        whole.append("the method" if len(terms.citations(method)) > 1 else f"the method, {method}, as its authors ask")
+    return f"{', '.join(whole)} and EDC, whose pipeline this is"
 
 
 def with_results(text: str, markdown: str) -> str:
@@ -149,11 +179,7 @@ def kept(text: str, old: str) -> str:
     A section is a person's if its heading is none of the template's; it comes behind the section it stood behind. A
     tag is, if no card of ours would have it. A license in `old` stands where the source states none.
     """
-    new = DatasetCard(text)
-    try:
-        theirs = DatasetCard(old, ignore_metadata_errors=True)
-    except yaml.YAMLError as error:
-        raise InputError("README.md: its metadata is broken YAML; correct it, between the lines of ---") from error
+    new, theirs = DatasetCard(text), _read(old)
     data, added = new.data.to_dict(), theirs.data.to_dict()
     license = {name: value for name in _LICENSE if (value := added.pop(name, None))}
     if data["license"] == "unknown":

@@ -77,7 +77,12 @@ def hub() -> Iterator[Finding]:
     offline = constants.HF_HUB_OFFLINE
     yield _offline() if offline else _endpoint()
     yield _xet()
-    if get_token() is None:
+    try:
+        token = get_token()
+    except OSError as error:
+        yield Finding("token", f"{constants.HF_TOKEN_PATH}: {error.strerror}", "make it readable, or set HF_TOKEN")
+        return
+    if token is None:
         yield Finding("token", "none", "publishing and private sets need one: run `hf auth login` or set HF_TOKEN")
     elif offline:
         yield Finding("token", "there, not checked", "unset HF_HUB_OFFLINE to check it")
@@ -125,6 +130,8 @@ def _token() -> Finding:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    from .hub import writable
+
     try:
         known = HfApi().whoami()
     except HfHubHTTPError as error:
@@ -137,8 +144,7 @@ def _token() -> Finding:
     access = known.get("auth", {}).get("accessToken", {})
     role, text = access.get("role", "unknown"), f"of {known.get('name')}, role {access.get('role', 'unknown')}"
     if role == "fineGrained":
-        scopes = access.get("fineGrained", {}).get("scoped", [])
-        names = [scope["entity"].get("name", "?") for scope in scopes if "repo.write" in scope.get("permissions", [])]
+        names = writable(access)
         text, role = f"{text}, writes to: {', '.join(names) or 'nothing'}", "write" if names else role
     remedy = f"publishing needs one that may write: make it at {PUBLIC}/settings/tokens, then run `hf auth login`"
     return Finding("token", text, "" if role == "write" else remedy)

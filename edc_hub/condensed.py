@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import canvas, card, codecs, documents, encoding, hub, likeness, manifest, recipes, tables, terms, views, work
-from .contents import OBSERVERS
+from .contents import BESIDE, OBSERVERS
 from .errors import InputError
 from .labels import Labels
 from .recipe import Recipe, Relabel
@@ -94,8 +94,12 @@ def write(
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        text = card.render(facts, recipe.evaluation, data, folder.name, old=folder / "README.md")
+        same = manifest.same_data(folder, facts)
+        text = card.render(facts, recipe.evaluation, data, folder.name, old=folder / "README.md", measured=same)
         _write_text(part / "README.md", text)
+        for path in BESIDE if same else ():  # what was measured of these very rows, by another release of a library
+            if (folder / path).is_file() and not (part / path).exists():
+                work.write_atomically(part / path, partial(shutil.copyfile, folder / path))
         _replace(part, folder)
         return True
     finally:
@@ -135,11 +139,13 @@ class CondensedSet:
         Args: revision: tag, branch or commit on the Hub; streaming: of a set on the Hub, `views(epoch)` downloads
         the row groups of that epoch and keeps none; full: views and labels are those of `soft_labels_full`, all label
         epochs as float16, where the set was made with `relabel.full`.
-        Errors: InputError for a place without a finished set, for a format that this version does not know, and where
-        `full` asks for what the set has not.
+        Errors: InputError for a place without a finished set, for a format that this version does not know, for the
+        revision of a folder, and where `full` asks for what the set has not.
         """
         place = str(folder_or_id)
         if Path(place).is_dir():
+            if revision:
+                raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")
             folder = Path(os.path.abspath(place))  # a run is looked for above it
             fetch, streaming = lambda _: folder, False
         else:

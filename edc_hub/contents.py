@@ -13,7 +13,7 @@ from .versions import File, Version
 OBSERVERS = "observers.json"
 """Names the published weights of a set's observers: {observer: {"weights": …, "arch": …, "bytes": …}}."""
 
-_BESIDE = ("results.json", OBSERVERS, "assets/grid.png", "assets/curves.png")
+BESIDE = ("results.json", OBSERVERS, "assets/grid.png", "assets/curves.png")
 
 
 def models(run: Path, id: str, dataset_id: str, place: Path) -> list[Version]:
@@ -63,7 +63,7 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
         wrong.append("recipe.yaml")
     if wrong:
         raise InputError(f"{folder / wrong[0]}: not the file that manifest.json names; condense into another folder")
-    texts |= {path: _file(folder, path, text=True) for path in _BESIDE if (folder / path).is_file()}
+    texts |= {path: _file(folder, path, text=True) for path in BESIDE if (folder / path).is_file()}
     if published:
         texts[OBSERVERS] = File.read(OBSERVERS, (json.dumps(published, indent=2) + "\n").encode())
     elif OBSERVERS in texts:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import canvas, pictures, recipes
+from . import canvas, pictures, recipes, source
 from .condensed import CondensedSet
 from .initialize import Initial
 from .protocol import Evaluation
@@ -37,17 +37,19 @@ def find(
     if condensed.run is not None:
         places = pictures.control_folders(condensed.run, kind)
         return [CondensedSet.load(place) for place in places], "the run wrote none (relabel.controls)"
-    reason = _why_not(condensed, kind, real)
+    reason = _why_not(condensed, kind, real, section)
     return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
 
 
-def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"]) -> str | None:
+def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], section: Source) -> str | None:
     """Why a control cannot be made of this set; None where it can."""
     made = condensed.manifest
     if condensed.published_observers is None:
         return "it lies beside the run that made the set, and the observers are not published"
-    if made["source"]["fingerprint"] != real().fingerprint:
-        return f"{real().id} has other images here than the set was condensed from"
+    size = condensed.recipe["source"]["size"]  # relabelled images may have another
+    then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
+    if made["source"]["fingerprint"] != then.fingerprint:
+        return f"{then.id} has other images here than the set was condensed from"
     if kind == "random":
         return None
     if made.get("origin") or (condensed.source_rows < 0).any():

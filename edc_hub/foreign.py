@@ -1,6 +1,7 @@
 """Images that somebody else has condensed, in the order of our schema and under the classes of our source."""
 
 import json
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,7 @@ class Foreign(NamedTuple):
     """uint8 (C*ipc, 3, s, s), class-major, in the order of the rows inside a class."""
     ipc: int
     facts: dict[str, Any]
-    """What a manifest says of where they come from: id, commit, split, fingerprint."""
+    """What a manifest says of where they come from: id, commit, split, fingerprint, and flags that were given."""
     grid: int
     """Pictures a side of each image, by the manifest of a set of ours; 1 where nothing says so."""
 
@@ -50,7 +51,15 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     if side != found.size:
         found = source.load(asked.model_copy(update={"size": side}))
     facts = {"id": found.id, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
+    if flags := _flags(given):
+        facts["flags"] = flags
     return Foreign(found.images(rows), ipc, facts, _grid(given.images, found.commit))
+
+
+def _flags(given: "Given") -> str:
+    """What else the command says of the images, for a card: `--split validation --ipc 1`."""
+    named = given.model_dump(exclude={"images", "revision"}, exclude_defaults=True)
+    return shlex.join([word for key, value in named.items() for word in (f"--{key}", str(value))])
 
 
 def _grid(place: str, commit: str | None) -> int:

@@ -76,9 +76,15 @@ def _answer(error: BaseException) -> httpx.Response | None:
 
 def _is_broken(error: BaseException) -> bool:
     """Whether the connection broke, or what came through it is no Hub's answer."""
-    if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
+    if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)) or _lacks_xet(error):
         return False
-    return any(isinstance(each, httpx.TransportError | json.JSONDecodeError) for each in _chain(error))
+    broken = (httpx.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)  # the latter two are xet's
+    return any(isinstance(each, broken) for each in _chain(error))
+
+
+def _lacks_xet(error: BaseException) -> bool:
+    """Whether an endpoint was asked for xet's storage and knows of none; hf_xet has a text for it and no status."""
+    return any("/xet-write-token/" in str(each) and "404" in str(each) for each in _chain(error))
 
 
 def _wait(error: Exception, attempt: int) -> float | None:
@@ -129,7 +135,8 @@ def _disk(error: Exception) -> str | None:
 
 
 def _reading(error: Exception, id: str, words: str) -> str | None:
-    if not isinstance(error, HfHubHTTPError | HFValidationError | LocalEntryNotFoundError | httpx.TransportError):
+    known = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.TransportError, ConnectionError)
+    if not isinstance(error, known):
         return None
     if isinstance(error, RevisionNotFoundError):
         return f"revision: {id} has no{words.removeprefix(' at revision')}; see its tags on the Hub"
@@ -144,8 +151,7 @@ def _writing(error: Exception, id: str) -> str | None:
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
     if isinstance(error, HFValidationError):
         return f"hub.id: {id} is no name of a repository; write ORG/NAME ({first_line(error)})"
-    wants_xet = not constants.HF_HUB_DISABLE_XET and any("/xet-write-token/" in str(each) for each in _chain(error))
-    if wants_xet and not _is_default(endpoint):
+    if _lacks_xet(error) and not _is_default(endpoint):
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
         return "HF_HUB_OFFLINE: is set, and publishing needs the network; unset it"
@@ -173,5 +179,8 @@ def _is_default(endpoint: str) -> bool:
 
 
 def _without_token(text: str) -> str:
-    token = get_token()
+    try:
+        token = get_token()
+    except OSError:  # a file that cannot be read, so nothing of it was sent
+        token = None
     return " ".join((text.replace(token, "hf_…") if token else text).split())

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import source
 from .comparison import Comparison
+from .condensed import CondensedSet
 from .errors import InputError
 from .realset import RealSet
 from .recipe import Source
@@ -33,6 +34,17 @@ def open_split(comparison: Comparison, section: Callable[[int], Source], size: i
     if resize and split.size < size:
         raise InputError(f"evaluation.test_resize: {split.size} is less than the images' {size} px; raise it")
     return split
+
+
+def refuse_other_images(section: Source, condensed: CondensedSet) -> None:
+    """Raises InputError where the training images are not those of which the set's own hold-out was kept: a row's lot
+    hangs on its number, so of other images the set may have seen some."""
+    there = source.load(section.model_copy(update={"size": condensed.recipe["source"]["size"]}))
+    if there.fingerprint != condensed.manifest["source"]["fingerprint"]:
+        raise InputError(
+            f"split: holdout, but the set was condensed from other training images than {there.id} has here, and may "
+            "have seen some of these; give source.path and source.revision of its own, or write --split test"
+        )
 
 
 def centres(split: RealSet, size: int) -> tuple[Tensor, Tensor]:

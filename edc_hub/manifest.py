@@ -111,6 +111,12 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
     return {**known, "configs": configs, "files": files}
 
 
+def same_data(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether a finished dataset folder holds the very rows of another manifest's."""
+    path = folder / "manifest.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("configs") == facts["configs"]
+
+
 def is_of(folder: Path, fingerprint: str) -> bool:
     """Whether a folder is the whole dataset folder with this fingerprint."""
     try:

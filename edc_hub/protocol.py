@@ -6,10 +6,10 @@ it stand above its values. Nothing here imports torch.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from .errors import InputError
-from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings
+from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings, refuse_twins
 
 
 class Student(Section):
@@ -67,6 +67,11 @@ class Evaluation(Section):
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="arithmetic of students")
     per_student: dict[str, dict[str, Any]] = Field({}, description="other values for single students, by their names")
+
+    @model_validator(mode="after")
+    def _unique(self):
+        refuse_twins(self.teachers, "teachers", "networks")
+        return self
 
 
 def student_name(student: str | Student) -> str:

@@ -26,6 +26,7 @@ from .section import (
     Section,
     Train,
     ViewSettings,
+    refuse_twins,
 )
 
 
@@ -84,10 +85,7 @@ class Observers(Section):
 
     @model_validator(mode="after")
     def _unique(self):
-        names = [net.name for net in self.networks]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"networks: two observers are called '{name}'; give each its own name")
+        refuse_twins(self.networks, "networks", "observers")
         return self
 
 

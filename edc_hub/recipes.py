@@ -8,6 +8,7 @@ that stand on them.
 
 import copy
 import difflib
+import json
 import os
 import sys
 from pathlib import Path
@@ -135,6 +136,13 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         raise InputError(keys.complaint(error)) from error
     validate(recipe)
     return recipe
+
+
+def of_run(run: Path) -> Recipe:
+    """The recipe of a finished run, with the commit of the real set that it had, whatever came to it since."""
+    recipe, made = resolve(load(run / "recipe.yaml")), json.loads((run / "dataset/manifest.json").read_text("utf-8"))
+    revision = recipe.source.revision or made["source"]["commit"]
+    return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
 
 def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
 
     clock = pictures.Clock(session)
     with clock("source"):
-        foreign, recipe, real = read(parsed)
+        foreign, recipe, real = read(parsed, session)
         launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
         _refuse_other_images(folder / "dataset" / "manifest.json", foreign)
         real.preload()
@@ -81,11 +81,11 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     return made.place
 
 
-def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
+def read(parsed: Parsed, session: "Session") -> "tuple[Foreign, Recipe, RealSet]":
     """The images, the recipe for as many a class, and the recipe's source."""
-    from . import foreign, labels, source
+    from . import finished, foreign, labels, source
 
-    real = source.load(parsed.recipe.source)
+    real = finished.images(parsed.recipe, launch.run_folder(parsed.recipe), session)
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)
@@ -126,7 +126,7 @@ def _refuse_other_images(manifest: Path, foreign: "Foreign") -> None:
     if not manifest.is_file():
         return
     there = json.loads(manifest.read_text(encoding="utf-8")).get("origin", {})
-    if there != foreign.facts:
+    if any(there.get(key) != foreign.facts[key] for key in ("id", "commit", "split", "fingerprint")):
         other = there.get("id", "images that were made here")
         changed = ", which has changed since" if other == foreign.facts["id"] else ""
         raise InputError(
@@ -147,7 +147,7 @@ def _say_agreement(dataset: Path, session: "Session") -> None:
 
 def show_plan(parsed: Parsed, session: "Session") -> None:
     """Prints what would be made on stdout; trains, labels and writes nothing."""
-    foreign, recipe, real = read(parsed)
+    foreign, recipe, real = read(parsed, session)
     if session.state.is_main_process:
         from . import plan
 

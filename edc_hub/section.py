@@ -70,6 +70,14 @@ class Network(Section):
         return self
 
 
+def refuse_twins(networks: list[Network], key: str, noun: str) -> None:
+    """Raises ValueError where two networks have one name, by which stages and files know them."""
+    names = [network.name for network in networks]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{key}: two {noun} are called '{name}'; give each its own name")
+
+
 class ViewSettings(Section):
     """How a view of an image is drawn."""
 

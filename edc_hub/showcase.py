@@ -49,8 +49,7 @@ def measure(run: Path, seeds: int) -> list[dict[str, Any]]:
     from . import source
 
     manifest = json.loads((run / "dataset/manifest.json").read_text(encoding="utf-8"))
-    content = documents.load(run / "recipe.yaml")  # with its path of a local source
-    recipe = recipes.resolve(content)
+    recipe = recipes.of_run(run)  # with its path of a local source
     code = snippets.example(manifest, recipe.evaluation, "dataset")
     test = source.load(recipe.source, "test")
     images, labels = test.images(test.rows()), test.labels[test.rows()]

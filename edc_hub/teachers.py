@@ -6,7 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from . import documents, labels, observers, recipes, source
+from . import labels, observers, recipes, source
 from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Teach
@@ -32,22 +32,18 @@ class Teachers:
     def _recipe(self) -> Recipe:
         run, given = self._condensed.run, self._section.teachers
         if run and not given:  # as it is, so that the run's own observers are found
-            return self._as_run(recipes.resolve(documents.load(run / "recipe.yaml")))
+            return recipes.of_run(run)
         recipe = recipes.resolve(self._condensed.recipe)
         mode = "running" if given else recipe.relabel.observer_mode  # others' networks do not label as the set's did
+        size = self._source.size if given else recipe.source.size  # of relabelled images of another size
         changes = {
-            "source": self._source,
+            "source": self._source.model_copy(update={"size": size}),
             "observers": recipe.observers.model_copy(update={"networks": given or self._published(recipe)}),
             "relabel": recipe.relabel.model_copy(update={"observers": None, "observer_mode": mode}),
             "synthesize": recipe.synthesize.model_copy(update={"iterations": 0}),
             "initialize": recipe.initialize.model_copy(update={"kind": "real"}),
         }
         return recipe.model_copy(update=changes)  # they label and do nothing else
-
-    def _as_run(self, recipe: Recipe) -> Recipe:
-        """The run's recipe with the images it had, whatever came to their repository since."""
-        revision = recipe.source.revision or self._condensed.manifest["source"]["commit"]
-        return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
     def _published(self, recipe: Recipe) -> list[Section]:
         """The observers that label the set, with the weights that are published with it."""

@@ -43,6 +43,12 @@ def of(source: str, path: str, commit: str | None) -> dict[str, Any]:
     return found
 
 
+def citations(method: str) -> list[str]:
+    """BibTeX of a method, where it is known, and of EDC."""
+    known = documents.load(CARDS / "methods.yaml")
+    return [known[name] for name in dict.fromkeys([method, "edc"]) if name in known]
+
+
 def _card(source: str, path: str, commit: str | None) -> DatasetCard | None:
     """The source's own card; None where it has none, or one whose metadata nobody can read."""
     try:

@@ -158,6 +158,9 @@ def test_help_lists_every_key_and_the_shipped_recipes_and_needs_no_torch():
 # Mistakes
 
 
+TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
+
+
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
@@ -185,6 +188,10 @@ def test_help_lists_every_key_and_the_shipped_recipes_and_needs_no_torch():
         ("--evaluation.batch 1", "evaluation.batch: 1, and BatchNorm has no statistics of one view"),
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),
         ("--evaluation.per_student.narrow.lrr 1", "evaluation.per_student.narrow: lrr: "),
+        (
+            f"--evaluation.teachers [{TWIN},{TWIN}]",
+            "teachers: two networks are called 't'; give each its own name",
+        ),
         ("--evaluation.per_student.narrow.test_resize 9", "evaluation.per_student.narrow: test_resize is the same"),
         (
             "--evaluation.per_student.narrow.students [a]",

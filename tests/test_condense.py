@@ -12,6 +12,8 @@ import datasets
 import pytest
 import torch
 import yaml
+from helpers_evaluation import MACHINE, NAMES, condensed, write_source
+from toys import write_parquet
 
 from edc_hub import condense, launch, work
 
@@ -230,6 +232,19 @@ def refused(capsys, argv):
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_status_2(recipe, tmp_path, capsys, more, expected):
     assert expected in refused(capsys, arguments(recipe, tmp_path, *more))
+
+
+def test_a_finished_run_is_not_replaced_where_its_source_has_other_images_now(tmp_path, capsys):
+    run = condensed(tmp_path, "first", "--relabel.controls", "false")
+    before = (run / "dataset/manifest.json").read_bytes()
+    again = [str(tmp_path / "toy.yaml"), "--output_dir", str(run), *MACHINE, "--relabel.controls", "false"]
+    write_parquet(tmp_path / "toy", {"train": [0, 1, 2] * 12, "test": [0, 1, 2]}, names=NAMES)
+    capsys.readouterr()
+    line = refused(capsys, again)
+    assert f"{run} is finished, and toy has other images now; give this run another output_dir" in line
+    assert (run / "dataset/manifest.json").read_bytes() == before
+    write_source(tmp_path / "toy")  # as it was
+    assert condense.main(again) == 0 and (run / "dataset/manifest.json").read_bytes() == before
 
 
 def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):

@@ -15,7 +15,7 @@ from datasets import load_dataset
 from helpers_labels import CLASSES, COUNT, IPC, RELABEL, Observers, noise, real, recipe, written
 from PIL import Image
 
-from edc_hub import CondensedSet, encoding, labels, tables
+from edc_hub import CondensedSet, card, encoding, labels, tables
 from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
@@ -114,6 +114,27 @@ def test_a_folder_that_holds_this_set_is_left_alone(session, tmp_path):
     written(folder, session)
     assert folder.stat().st_ino == inode and (folder / "results.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]
+
+
+def test_what_was_measured_of_a_set_stays_when_another_release_of_a_library_writes_it_anew(
+    session, tmp_path, monkeypatch
+):
+    folder = written(tmp_path / "dataset", session)
+    before = {
+        path: (folder / path).read_bytes() for path in json.loads((folder / "manifest.json").read_text())["files"]
+    }
+    measured = {"results.json": "{}", "observers.json": "{}", "assets/curves.png": "curves"}
+    for path, text in measured.items():
+        (folder / path).write_text(text)
+    readme = folder / "README.md"
+    readme.write_text(card.with_results(readme.read_text(), "| measured | 61.8 |"))
+    monkeypatch.setattr("edc_hub.manifest.version", lambda name: "99.0")
+    written(folder, session)
+    assert json.loads((folder / "manifest.json").read_text())["versions"]["pillow"] == "99.0"
+    assert {path: (folder / path).read_bytes() for path in before} == before
+    assert {path: (folder / path).read_text() for path in measured} == measured and "| 61.8 |" in readme.read_text()
+    written(folder, session, epochs=3)  # other labels: nothing was measured of them
+    assert not any((folder / path).exists() for path in measured) and "| 61.8 |" not in readme.read_text()
 
 
 def test_a_damaged_or_half_written_folder_is_written_again(session, tmp_path):
@@ -237,6 +258,11 @@ def test_labels_are_those_of_the_stored_jpeg_not_of_the_pixels_before_it(session
     assert not torch.equal(found.images, pixels)
     x = found.images.float() / 255
     torch.testing.assert_close((networks["a"](x) + networks["b"](x)) / 2, found.soft_labels, atol=1e-6, rtol=2**-10)
+
+
+def test_a_folder_has_no_revisions(dataset):
+    with pytest.raises(InputError, match="revision: .* is a folder, and only sets on the Hub have revisions; remove"):
+        CondensedSet.load(dataset, revision="v1.0.0")
 
 
 def test_a_newer_format_is_refused_with_the_side_that_is_old(dataset, tmp_path):

@@ -561,6 +561,16 @@ def test_results_of_fewer_students_or_another_protocol_stay_out_of_the_set_s_car
     assert (runs / "first/evaluation/dc/results.json").is_file()  # beside, not in the place of the set's own protocol
 
 
+def test_a_holdout_of_other_training_images_than_the_set_s_is_refused(toy_run, tmp_path, capsys):
+    shutil.copytree(toy_run / "dataset", tmp_path / "downloaded")
+    argv = ["--dataset", tmp_path / "downloaded", *FEW, "--split", "holdout", "--controls", "[]"]
+    argv += ["--output_dir", tmp_path / "out", "--source.path"]
+    assert evaluate.main([*map(str, argv), str(toy_run.parent.parent / "toy"), *MACHINE]) == 0
+    write_parquet(tmp_path / "toy", {"train": [0, 1, 2] * 12, "test": [0, 1, 2]}, names=NAMES)  # of the same labels
+    line = refused(capsys, *argv, tmp_path / "toy")
+    assert line.startswith("split: holdout, but the set was condensed from other training images")
+
+
 def test_results_of_the_set_s_own_protocol_take_the_place_of_a_trial_s(toy_run, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))

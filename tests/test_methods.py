@@ -116,7 +116,8 @@ def test_rded_labels_in_the_batches_that_its_students_learn_from():
 @pytest.mark.parametrize(
     ("method", "values"),
     [
-        ("sre2l", {"loss": ["kl"] * 4, "temperature": [20.0, 20.0, 30.0, 30.0], "epochs": [300, 300, 400, 400]}),
+        ("sre2l", {"loss": ["kl"] * 4, "temperature": [20.0, 20.0, 30.0, 30.0], "epochs": [300, 100, 400, 400]}),
+        ("sre2l", {"optimizer": ["adamw", "sgd", "adamw", "adamw"], "batch": [1024, 256, 128, 128]}),
         ("cda", {"loss": ["kl"] * 4, "batch": [128] * 4, "zeta": [1.0] * 4}),
         ("rded", {"loss": ["kl"] * 4, "labels": ["online"] * 4, "zeta": [2.0] * 4, "epochs": [300] * 4}),
         ("gvbsm", {"loss": ["mse_ce"] * 4, "ce_weight": [0.1, 0.1, 0.15, 0.15], "epochs": [300, 100, 1000, 1000]}),

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 import pytest
 from hub import Hub, environment, python
 
+from edc_hub import hub_errors
+from edc_hub.errors import InputError
+
 
 _WORKER = """
     import contextlib, io, json, os, sys, time
@@ -443,6 +446,41 @@ def test_a_set_without_stored_views_is_not_published_without_its_observers(hub, 
     assert f"datasets/{name}" not in hub.repos
 
 
+def test_a_card_whose_metadata_a_person_broke_is_one_line(publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    text = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(text.replace("---\n", "---\npretty: My set: small\n", 1))
+    refused = publish(folder, name)
+    assert refused.status == 2 and "its metadata is broken YAML" in refused.err and len(refused.err.splitlines()) == 1
+
+
+def test_a_token_file_that_cannot_be_read_is_one_line(hub, dataset, tmp_path):
+    (tmp_path / "home/token").mkdir(parents=True)  # in the place of the file
+    code = """
+    import sys
+    from edc_hub import doctor, evaluate
+    sys.exit(10 * doctor.main([]) + evaluate.main(["--dataset", "org/none"]))
+    """
+    done = python(code, hub.url, tmp_path / "home")
+    assert done.returncode == 12 and "Traceback" not in done.stderr
+    assert "token: Is a directory; make it readable, or set HF_TOKEN" in done.stdout
+    assert "token cannot be read (Is a directory)" in done.stderr
+
+
+def test_a_connection_that_breaks_below_xet_is_tried_again_and_then_said_in_one_line(monkeypatch):
+    """hf_xet raises the builtin errors, without a number."""
+    asked, said = [], []
+    monkeypatch.setattr(hub_errors.time, "sleep", asked.append)
+
+    def broken():
+        raise ConnectionError("Network error: error sending request for url (https://huggingface.co/api/x)")
+
+    for reading, text in ((None, "HF_ENDPOINT: .* cannot be reached"), ("", "neither a folder here nor a data set")):
+        with pytest.raises(InputError, match=text), hub_errors.plain("org/toy", reading):
+            hub_errors.steady(broken, said.append)
+    assert asked == [1, 2, 4, 8] * 2 and len(said) == 8
+
+
 def test_pictures_that_a_version_has_no_more_are_removed(hub, publish, dataset, name, tmp_path):
     folder = copy(dataset, tmp_path)
     (folder / "assets/curves.png").write_bytes(b"curves")
@@ -589,6 +627,7 @@ def test_tokens_that_may_not_write_are_named_before_anything_is_sent(hub, publis
         ("hf_unknown", "does not know the token"),
         (hub.read_token, "may only read"),
         (hub.stranger_token, "may not write there"),
+        (hub.add_token("fineGrained", scopes={"tester": ["repo.write"]}), f"may write to tester, not to {name}"),
         ("hf_tökén", "characters that no token has"),
     ):
         done = publish(dataset, name, token=token)

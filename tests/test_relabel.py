@@ -3,17 +3,21 @@
 import hashlib
 import json
 import re
+import shutil
 
 import datasets
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from hub import Hub, python
+from safetensors.torch import save_file
 from toys import write_parquet
 
-from edc_hub import encoding, foreign, given, recipe, relabel, source
+from edc_hub import controls, encoding, foreign, given, observers, recipe, recipes, relabel, source
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
+from edc_hub.work import Session, Store
 
 
 NAMES = [str(label) for label in range(10)]
@@ -130,7 +134,19 @@ def test_images_of_another_size_keep_it(run, theirs, tmp_path):
     status, folder = run(write(tmp_path / "large", images, [i % 10 for i in range(30)]), "large")
     assert status == 0
     assert CondensedSet.load(folder / "dataset").images.shape[-1] == 16
-    assert CondensedSet.load(folder / "controls/random/0").images.shape[-1] == 16
+    beside = CondensedSet.load(folder / "controls/random/0")
+    assert beside.images.shape[-1] == 16
+    # as somebody has them who downloads the set and the weights: observers of 8 px look at 16
+    place, given_by = shutil.copytree(folder / "dataset", tmp_path / "downloaded"), recipes.of_run(folder)
+    session = Session(Store(folder.parent / "artifacts"), PartialState(cpu=True), torch.device("cpu"))
+    network = observers.obtain(given_by, source.load(given_by.source), session).load("plain", 3)
+    save_file(network.module.state_dict(), tmp_path / "plain.safetensors")
+    known = {"plain@3": {"weights": str(tmp_path / "plain.safetensors"), "arch": "convnet", "bytes": 1}}
+    (place / "observers.json").write_text(json.dumps(known))
+    section = given_by.source.model_copy(update={"size": 16})
+    downloaded = CondensedSet.load(place)
+    (made,), _ = controls.find(downloaded, "random", lambda: source.load(section), section, session, tmp_path)
+    assert torch.equal(made.images, beside.images) and torch.equal(made.soft_labels, beside.soft_labels)
 
 
 def load(folder, digits, section=None, **options):

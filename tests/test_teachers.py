@@ -76,7 +76,10 @@ def test_a_run_s_observers_are_found_though_its_real_set_has_new_commits(tmp_pat
     from edc_hub import condense, evaluate
     machine, (recipe, run) = ["--threads", "1", "--device", "cpu"], sys.argv[1:]
     assert condense.main([recipe, "--output_dir", run, *machine]) == 0
+    made = open(run + "/dataset/manifest.json").read()
     HfApi().upload_file(path_or_fileobj=b"new", path_in_repo="README.md", repo_id="org/toy", repo_type="dataset")
+    assert condense.main([recipe, "--output_dir", run, *machine]) == 0  # finished, and left as it is
+    assert open(run + "/dataset/manifest.json").read() == made
     asked = ["--evaluation.labels", "online", "--controls", "[]", "--seeds", "0"]
     sys.exit(evaluate.main(["--dataset", run, *asked, *machine]))
     """
@@ -85,7 +88,7 @@ def test_a_run_s_observers_are_found_though_its_real_set_has_new_commits(tmp_pat
         place = [str(tmp_path / "toy.yaml"), str(tmp_path / "runs/toy")]
         done = python(code, hub.url, tmp_path / "home", hub.token, *place)
         assert done.returncode == 0, done.stderr
-        assert hub.commits("org/toy")[0].oid != first
+        assert hub.commits("org/toy")[0].oid != first and "has new commits; this run is finished" in done.stderr
     about = json.loads((tmp_path / "runs/toy/dataset/results.json").read_text())["about"]
     assert about["test"]["commit"] == first and about["bytes"]["observers"] > 0
 
