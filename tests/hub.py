@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -25,6 +24,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import fresh
 from hub_routes import ROUTES
 from hub_server import Request, handler, large
 
@@ -241,10 +241,4 @@ def python(
     code: str, endpoint: str, home: str | Path, token: str | None = None, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess:
     """Runs Python code with `environment`, arguments in sys.argv[1:]; text of both outputs; 300 seconds at most."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        env=environment(endpoint, home, token, **variables),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return fresh.run(textwrap.dedent(code), *arguments, env=environment(endpoint, home, token, **variables))

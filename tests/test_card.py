@@ -4,9 +4,8 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -54,9 +53,7 @@ def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
     check = "\nassert logits.shape == (10, 5) and torch.isfinite(loss)\nprint('trained', epoch + 1)"
     env = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", example + check], env=env, cwd=dataset.parent, capture_output=True, text=True
-    )
+    done = fresh.run(example + check, env=env, cwd=dataset.parent)
     assert done.stdout.split() == ["trained", "2"], done.stderr
 
 
@@ -94,9 +91,7 @@ def test_the_stream_of_the_card_runs(dataset, tmp_path):
     stream = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "streaming=True" in code)
     env = {**os.environ, "HF_HOME": str(tmp_path)}
     check = "\nprint('rows', len(batch['image_id']), tuple(batch['soft_label'].shape))"
-    done = subprocess.run(
-        [sys.executable, "-c", stream + check], env=env, cwd=dataset.parent, capture_output=True, text=True
-    )
+    done = fresh.run(stream + check, env=env, cwd=dataset.parent)
     assert "rows 4 (4, 5)" in done.stdout, done.stderr
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_the_folder_loads_without_a_network_and_without_edc_hub(dataset, tmp_pat
         f" datasets.load_dataset({str(dataset)!r}, 'soft_labels')['train'].num_rows, 'edc_hub' in sys.modules)"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", program], env=env, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh.run(program, env=env, cwd=tmp_path)
     assert done.stdout.split() == ["10", "20", "False"], done.stderr
 
 

@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import fresh
 import numpy as np
 import PIL.Image
 import psutil
@@ -318,34 +318,26 @@ def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, sess
 
 
 def test_two_processes_give_the_figures_of_one(whole, toy_run, tmp_path):
-    places = {}
-    for number in ("1", "2"):
-        runs = tmp_path / number / "runs"
-        shutil.copytree(toy_run, runs / "first", symlinks=True)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", number]
-        argv = ["-m", "edc_hub.evaluate", "--dataset", str(runs / "first"), "--seeds", "0,1", *MACHINE]
-        if number == "1":
-            places[number] = run(runs / "first", "--seeds", "0,1")
-            continue
-        done = subprocess.run([*launcher, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("condensed set ") == 1
-        places[number] = json.loads((runs / "first/evaluation/results.json").read_text())
-    assert same(places["1"]) == same(places["2"]) and places["2"]["about"]["hardware"]["processes"] == 2
+    folders = [shutil.copytree(toy_run, tmp_path / number / "runs/first", symlinks=True) for number in "12"]
+    alone = run(folders[0], "--seeds", "0,1")
+    done = fresh.ranks(2, "edc_hub.evaluate", "--dataset", folders[1], "--seeds", "0,1", *MACHINE, env=ENVIRONMENT)
+    assert [one.returncode for one in done] == [0, 0], done
+    assert [one.stdout.count("condensed set ") for one in done] == [1, 0]
+    together = json.loads((folders[1] / "evaluation/results.json").read_text())
+    assert same(alone) == same(together) and together["about"]["hardware"]["processes"] == 2
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_figures(toy_run, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))  # of other tests
     more = ["--seeds", "0", "--evaluation.epochs", "120", "--controls", "initial", "--checkpoint_seconds", "0"]
-    killed = subprocess.Popen(
-        [*MODULE, "--dataset", str(runs / "first"), *more, *MACHINE], env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
+    argv = ["--dataset", str(runs / "first"), *more, *MACHINE]
+    killed = fresh.start("edc_hub.evaluate", *argv, env=ENVIRONMENT, module=True)
     deadline = time.monotonic() + 120
     while not list(runs.glob("artifacts/students/*.progress")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    assert killed.wait(60).returncode == -signal.SIGKILL
     assert list(runs.glob("artifacts/students/*.progress")) and not (runs / "first/evaluation/results.json").exists()
     resumed = run(runs / "first", *more)
     assert not list(runs.rglob("*.progress"))
@@ -538,9 +530,7 @@ def test_a_revision_that_is_not_there_and_a_dead_endpoint_are_one_line():
     }
     for port, line in wanted.items():
         environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-        done = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-        )
+        done = fresh.run(program, env=environment)
         assert done.stdout.startswith(line) and done.stdout.count("\n") == 1
     server.shutdown()
 

@@ -4,12 +4,11 @@ import contextlib
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
 
+import fresh
 import PIL.Image
 import pytest
 import yaml
@@ -113,13 +112,12 @@ def test_controls_and_live_weights_stand_in_the_table_where_they_are_asked_for(w
 def test_two_processes_give_the_table_of_one_and_both_go_on_after_a_cell_that_fails(root, whole):
     file = written(root, "two", rows={"two": {}, **FAILING, "none": SWEEP["rows"]["none"]})
     folder = root / "both/steps"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "-m", "edc_hub.sweep", *arguments(file, folder)]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1, done.stderr  # the launcher's status for a worker's 2
-    assert "2 of 6 cells failed, the others are in the tables: row 'untrained'" in done.stderr
+    done = fresh.ranks(2, "edc_hub.sweep", *arguments(file, folder), env=ENVIRONMENT)
+    assert [one.returncode for one in done] == [2, 2], done
+    for one in done:
+        assert "2 of 6 cells failed, the others are in the tables: row 'untrained'" in one.stderr
     good = [line for line in figures(folder) if line["row"] != "untrained"]
-    assert good == figures(whole.folder) and done.stdout.count("Steps and zeta") == 1
+    assert good == figures(whole.folder) and [one.stdout.count("Steps and zeta") for one in done] == [1, 0]
     assert [line["missing"] for line in figures(folder) if line["row"] == "untrained"] == ["failed"] * 2
 
 
@@ -144,17 +142,16 @@ sys.exit(sweep.main(sys.argv[1:]))
 
 
 def test_a_unit_that_fails_on_one_of_two_processes_fails_its_cells_and_the_others_are_done(root):
-    script, folder = root / "alone.py", root / "alone/steps"
-    script.write_text(ALONE)
+    folder = root / "alone/steps"
     columns = dict(reversed(SWEEP["columns"].items()))  # those that fail come first
     rows = {"two": {}, "kept": {"synthesize": {"iterations": 1}}, "none": SWEEP["rows"]["none"]}
     file = written(root, "alone", rows=rows, columns=columns, set_seeds=[0])
     kept = next(cell.runs[0] for cell in cells.parse(arguments(file, folder)).cells if cell.row == "kept")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    command = [*launcher, *arguments(file, folder)]
     with work.lock(Path(kept.output_dir)):
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1 and done.stderr.count("5 of 6 cells failed") == 2, done.stderr  # both came to the end
+        done = fresh.ranks(2, ALONE, *arguments(file, folder), env=ENVIRONMENT, module=False)
+    assert all(one.returncode == 1 and "5 of 6 cells failed" in one.stderr for one in done), (
+        done
+    )  # both came to the end
     lines = {(line["row"], line["column"]): line for line in figures(folder)}
     failed = [place for place, line in lines.items() if line["missing"] == "failed"]
     assert failed == [*((row, column) for row in ("two", "kept") for column in columns), ("none", "zeta 1")]

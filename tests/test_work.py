@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import fresh
 import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -199,11 +200,9 @@ state.destroy_process_group()  # as launch.session does: gloo's threads end befo
 
 def test_two_processes_make_the_files_that_one_makes(session, tmp_path):
     work.run(units(7), draw, session, seed=5, label="x")
-    script, root = tmp_path / "shard.py", tmp_path / "two"
-    script.write_text(SHARD)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(root), os.path.dirname(__file__)]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    root = tmp_path / "two"
+    done = fresh.ranks(2, SHARD, root, os.path.dirname(__file__), env=dict(os.environ), module=False)
+    assert [one.returncode for one in done] == [0, 0], done
     assert [digest(Store(root), unit) for unit in units(7)] == [digest(session.store, unit) for unit in units(7)]
 
 
@@ -243,13 +242,9 @@ state.destroy_process_group()
 
 
 def test_processes_that_wait_for_one_that_fails_are_told_and_go_on_together(tmp_path):
-    script = tmp_path / "fail.py"
-    script.write_text(FAIL)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(script), str(tmp_path / "store"), os.path.dirname(__file__)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, timeout=120, env=environment, stdout=subprocess.PIPE, text=True)
-    assert sorted(done.stdout.splitlines()) == ["told 1 0", "told 2 1"]
+    here = os.path.dirname(__file__)
+    done = fresh.ranks(2, FAIL, tmp_path / "store", here, env=dict(os.environ), module=False)
+    assert [(one.returncode, one.stdout) for one in done] == [(0, "told 1 0\n"), (0, "told 2 1\n")], done
 
 
 def test_run_waits_for_nothing_when_all_is_there(session):

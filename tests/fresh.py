@@ -1,0 +1,115 @@
+"""Processes of their own that begin with torch imported and nothing of Hugging Face or of this package.
+
+    done = run("import datasets, sys; print(sys.argv[1:])", "a", env={**os.environ, "HF_HOME": "…"})
+    first, second = ranks(2, "edc_hub.sweep", "digits", env=…)  # a module; as torchrun starts them
+
+Importing torch takes longer than most of what tests do in such a process. So one server a test worker imports it, and
+each process is forked from that server: with its own environment, working folder, standard streams and end. What reads
+its settings when it is imported (huggingface_hub, datasets, transformers, edc_hub) is imported there anew.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+
+SERVER = """
+import json, os, runpy, sys
+import numpy, PIL.Image, torch, torch._dynamo, torchvision
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "wait" in asked:
+        print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+    elif child := os.fork():
+        print(child, flush=True)
+    else:
+        break
+else:
+    os._exit(0)
+
+# in the child
+os.setsid()
+os.chdir(asked["cwd"])
+os.environ.clear()
+os.environ.update(asked["env"])
+for stream, place in enumerate(("/dev/null", asked["out"], asked["err"])):
+    os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND if stream else os.O_RDONLY), stream)
+sys.path.insert(0, "")
+if asked["module"]:
+    sys.argv = [asked["code"], *asked["arguments"]]
+    runpy.run_module(asked["code"], run_name="__main__", alter_sys=True)
+else:
+    sys.argv = ["-c", *asked["arguments"]]
+    exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@cache
+def _server() -> tuple[subprocess.Popen, threading.Lock]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVER], env={**kept, "OMP_NUM_THREADS": "1"}, **pipes
+    ), threading.Lock()
+
+
+def _ask(**asked) -> int:
+    server, lock = _server()
+    with lock:
+        server.stdin.write(json.dumps(asked) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+
+class Started:
+    """A process that runs; `pid` is also its group."""
+
+    def __init__(self, code: str, arguments: tuple, env: dict, cwd: str | Path | None, module: bool):
+        self._folder = Path(tempfile.mkdtemp(prefix="edc-hub-tests-"))
+        for name in ("out", "err"):
+            (self._folder / name).touch()
+        self.code, place = code, {name: str(self._folder / name) for name in ("out", "err")}
+        asked = {"code": code, "module": module, "arguments": [str(word) for word in arguments], "env": env}
+        self.pid = _ask(**asked, **place, cwd=str(cwd or os.getcwd()))
+
+    def kill(self) -> None:
+        os.killpg(self.pid, signal.SIGKILL)
+
+    def wait(self, timeout: float) -> subprocess.CompletedProcess:
+        """Its status and what it said; killed after so many seconds."""
+        late = threading.Timer(timeout, self.kill)
+        late.start()
+        try:
+            status = _ask(wait=self.pid)
+        finally:
+            late.cancel()
+        said = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        return subprocess.CompletedProcess(self.code, status, *said)
+
+
+def start(code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False) -> Started:
+    """Starts Python code, or a module as with `-m`."""
+    return Started(code, arguments, env, cwd, module)
+
+
+def run(code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False, timeout: float = 300):
+    """Runs Python code, or a module, to its end; text of both outputs."""
+    return start(code, *arguments, env=env, cwd=cwd, module=module).wait(timeout)
+
+
+def ranks(count: int, code: str, *arguments, env: dict, module: bool = True, timeout: float = 300) -> list:
+    """Runs a module, or code, in so many processes of one group."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    envs = [{**env, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    started = [start(code, *arguments, env=one, module=module) for one in envs]
+    return [one.wait(timeout) for one in started]
