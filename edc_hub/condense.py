@@ -51,11 +51,11 @@ def command(argv: list[str]) -> None:
 def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> Path:
     """Does the whole job on every process of the group, with the source opened where it is not given; returns the
     dataset folder."""
-    from . import finished, initialize, labels, moments, observers, pictures, synthesize
+    from . import initialize, labels, moments, observers, pictures, synthesize
 
     clock, function = pictures.Clock(session), methods.find(recipe.method)
     with clock("source"):
-        real = finished.images(recipe, folder, session, real)
+        real = launch.images(recipe, folder, session, real)
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
         real.preload()

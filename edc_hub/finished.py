@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import comparison, initialize, launch, manifest, moments, observers, pictures, recipes, source
+from . import comparison, initialize, launch, moments, observers, pictures, recipes, source
 from .condensed import CondensedSet
 from .errors import InputError
 from .protocol import Student, student_name
@@ -23,27 +23,6 @@ def recipe_of(run: Path) -> Recipe:
     if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
         raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
     return recipes.of_run(run)
-
-
-def images(recipe: Recipe, folder: Path, session: Session, real: RealSet | None = None) -> RealSet:
-    """The training split that a run condenses, opened where it is not given; of a finished run the images it had, so
-    that the same command finds it whatever came to their repository since.
-
-    Raises InputError where a finished run had others.
-    """
-    place = folder / "dataset/manifest.json"
-    real = real or source.load(recipe.source)
-    made = manifest.read(place, str(folder))["source"] if place.is_file() else None
-    if made is None or made["fingerprint"] == real.fingerprint:
-        return real
-    if made["commit"] and not recipe.source.revision:
-        then = source.load(recipe.source.model_copy(update={"revision": made["commit"]}))
-        if then.fingerprint == made["fingerprint"]:
-            session.report(f"{real.id} has new commits; this run is finished and stays with {made['commit'][:8]}")
-            return then
-    raise InputError(
-        f"output_dir: {folder} is finished, and {real.id} has other images now; give this run another output_dir"
-    )
 
 
 @dataclass

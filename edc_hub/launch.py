@@ -19,6 +19,7 @@ from .recipe import Recipe
 
 
 if TYPE_CHECKING:  # torch is imported once a recipe is known to be right
+    from .realset import RealSet
     from .work import Session
 
 
@@ -107,6 +108,29 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
             f"output_dir: {path.parent} is finished and differs in {', '.join(changed[:3])}{more}; give this run "
             "another output_dir (what both share is found again beside it)"
         )
+
+
+def images(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> "RealSet":
+    """The training split that a run condenses, opened where it is not given; of a finished run the images it had, so
+    that the same command finds it whatever came to their repository since.
+
+    Raises InputError where a finished run had others.
+    """
+    from . import manifest, source
+
+    place = folder / "dataset/manifest.json"
+    real = real or source.load(recipe.source)
+    made = manifest.read(place, str(folder))["source"] if place.is_file() else None
+    if made is None or made["fingerprint"] == real.fingerprint:
+        return real
+    if made["commit"] and not recipe.source.revision:
+        then = source.load(recipe.source.model_copy(update={"revision": made["commit"]}))
+        if then.fingerprint == made["fingerprint"]:
+            session.report(f"{real.id} has new commits; this run is finished and stays with {made['commit'][:8]}")
+            return then
+    raise InputError(
+        f"output_dir: {folder} is finished, of other images than {real.id} has now; give this run another output_dir"
+    )
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, Any]:

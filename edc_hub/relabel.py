@@ -83,9 +83,9 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
 
 def read(parsed: Parsed, session: "Session") -> "tuple[Foreign, Recipe, RealSet]":
     """The images, the recipe for as many a class, and the recipe's source."""
-    from . import finished, foreign, labels, source
+    from . import foreign, labels, source
 
-    real = finished.images(parsed.recipe, launch.run_folder(parsed.recipe), session)
+    real = launch.images(parsed.recipe, launch.run_folder(parsed.recipe), session)
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)

@@ -241,7 +241,7 @@ def test_a_finished_run_is_not_replaced_where_its_source_has_other_images_now(tm
     write_parquet(tmp_path / "toy", {"train": [0, 1, 2] * 12, "test": [0, 1, 2]}, names=NAMES)
     capsys.readouterr()
     line = refused(capsys, again)
-    assert f"{run} is finished, and toy has other images now; give this run another output_dir" in line
+    assert f"{run} is finished, of other images than toy has now; give this run another output_dir" in line
     assert (run / "dataset/manifest.json").read_bytes() == before
     write_source(tmp_path / "toy")  # as it was
     assert condense.main(again) == 0 and (run / "dataset/manifest.json").read_bytes() == before
