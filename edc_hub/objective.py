@@ -13,6 +13,7 @@ from .levers import Flatness
 from .matching import Matcher
 from .networks import Network
 from .recipe import Recipe, Source, Synthesize
+from .rules import other_tiles
 from .taps import Taps
 from .targets import Targets
 from .work import Session
@@ -126,10 +127,7 @@ def _taps(network: Network, targets: Targets, side: int, recipe: Recipe) -> Taps
         reason, arch = first_line(error), network.facts["arch"]
         raise InputError(f"synthesize.sizes: {arch} cannot take views of {side} px ({reason}); use others") from error
     if len(targets.global_mean) != taps.layout.size:
-        raise InputError(
-            f"synthesize.sizes: {network.facts['arch']} has other tiles at {side} px than in the moments; "
-            "write synthesize.layers [bn, conv], or give the network an input_size"
-        )
+        raise InputError(other_tiles(network.facts["arch"], side))
     taps.shift = targets.global_mean
     return taps
 

@@ -194,11 +194,16 @@ def _sizes(recipe: Recipe) -> Iterator[str]:
     other = [side for side in section.sizes or [] if -(-side // patch) != -(-size // patch)]
     for name, _ in selected(recipe, section.observers) if "patch" in section.layers and other else ():
         if name in free and not free[name].startswith("convnet"):
-            yield (
-                f"synthesize.sizes: {name} has other tiles at {other[0]} px than in the moments at {size} px; "
-                "write synthesize.layers [bn, conv], or give the network an input_size"
-            )
+            yield other_tiles(name, other[0])
             return
+
+
+def other_tiles(network: str, side: int) -> str:
+    """What is wrong where a network's tiles at a size of `synthesize.sizes` cannot be matched to its moments."""
+    return (
+        f"synthesize.sizes: {network} has other tiles at {side} px than in the moments; write synthesize.layers "
+        "[bn, conv], or give the network an input_size"
+    )
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:
