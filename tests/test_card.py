@@ -77,6 +77,29 @@ def test_the_example_has_loss_and_optimiser_of_the_protocol(dataset, monkeypatch
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "keys", "words"),
+    [
+        ("edc-plus", ["shao2024edc"], "as its authors ask and EDC, whose"),
+        ("cda", ["yin2024cda", "shao2024edc"], "the method and EDC, whose"),
+        ("mine:blend", ["shao2024edc"], "the method, mine:blend, as its authors ask and EDC, whose"),
+    ],
+)
+def test_a_card_says_whom_to_cite_for_the_method(dataset, method, keys, words):
+    manifest = json.loads((dataset / "manifest.json").read_text()) | {"method": method}
+    text = card.again((dataset / "README.md").read_text(), manifest, Evaluation(), "org/toy")
+    cited = text.partition("## Citation")[2]
+    assert re.findall(r"^@\w+\{(\w+),", cited, re.MULTILINE) == keys and words in cited
+
+
+def test_a_relabelled_set_says_by_which_flags_its_images_were_read(dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    manifest["origin"] = {"id": "org/theirs", "commit": "c" * 40, "flags": "--split validation --ipc 1"}
+    text = card.again((dataset / "README.md").read_text(), manifest, Evaluation(), "org/toy")
+    assert f"relabel recipe.yaml --images org/theirs --revision {'c' * 40} --split validation --ipc 1" in text
+    assert "org/theirs, whose images these are, as its authors ask" in text
+
+
 def test_the_replay_of_the_card_runs(dataset, monkeypatch):
     text = DatasetCard.load(dataset / "README.md").text
     replay = re.search(r"```python\n(from edc_hub.*?)```", text, re.DOTALL)[1]

@@ -164,6 +164,12 @@ def test_named_classes_are_found_whatever_their_order(digits, theirs, tmp_path):
     assert torch.equal(found.images, theirs[1].view(3, 10, 3, 8, 8)[:2].transpose(0, 1).flatten(0, 1))
 
 
+def test_the_flags_that_chose_the_images_are_remembered(digits, theirs):
+    found = load(theirs[0], digits, ipc=1, label_column="label", size=8)
+    assert found.facts["flags"] == "--label_column label --ipc 1 --size 8"
+    assert "flags" not in load(theirs[0], digits).facts
+
+
 @pytest.mark.parametrize("pattern", ["{}", "{:05d}"])
 def test_folders_named_by_numbers_are_classes(digits, theirs, tmp_path, pattern):
     for i, image in enumerate(theirs[1]):
