@@ -145,7 +145,7 @@ def _cited(manifest: dict[str, Any], source: dict[str, Any]) -> str:
     method = manifest["method"]
     if "origin" in manifest:
         whole.append(f"{manifest['origin']['id']}, whose images these are, as its authors ask")
-    elif not method.startswith("edc") and method != "random":
+    elif method.partition("-")[0] not in ("edc", "random"):
         whole.append("the method" if len(terms.citations(method)) > 1 else f"the method, {method}, as its authors ask")
     return f"{', '.join(whole)} and EDC, whose pipeline this is"
 

@@ -163,6 +163,8 @@ def _refuse_different(sets: "list[CondensedSet]", places: list[str]) -> None:
             raise InputError(f"dataset: {places[prints.index(prints[number])]} and {place} are one set; give it once")
         changed = [key for key in ("classes", "control") if other.manifest[key] != sets[0].manifest[key]]
         changed += _differing(sets[0].recipe, other.recipe, (*_MADE, "source", "observers"))
+        if other.manifest["source"]["fingerprint"] != sets[0].manifest["source"]["fingerprint"]:
+            changed.append("the real images they are of (source.revision)")
         if changed:
             raise InputError(
                 f"dataset: {places[0]} and {place} differ in {', '.join(changed[:3])}; one figure is of sets of one "
@@ -200,7 +202,7 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     recipes.let_through(below, given.get("evaluation") or {})
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
-        source["revision"] = source["revision"] or first.manifest["source"]["commit"]
+        source["revision"] = first.manifest["source"]["commit"] or source["revision"]
     under = [{"source": source}, {"evaluation": below}]
     return recipes.layered([*under, given], Comparison)
 

@@ -55,7 +55,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
 
     clock, function = pictures.Clock(session), methods.find(recipe.method)
     with clock("source"):
-        real = launch.images(recipe, folder, session, real)
+        real = launch.images(recipe, folder, real)
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
         real.preload()

@@ -94,16 +94,27 @@ def write(
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        same = manifest.same_data(folder, facts)
-        text = card.render(facts, recipe.evaluation, data, folder.name, old=folder / "README.md", measured=same)
+        same, old = manifest.same_data(folder, facts), folder / "README.md"
+        text = card.render(facts, recipe.evaluation, data, folder.name, old=old, measured=same is not None)
         _write_text(part / "README.md", text)
-        for path in BESIDE if same else ():  # what was measured of these very rows, by another release of a library
-            if (folder / path).is_file() and not (part / path).exists():
-                work.write_atomically(part / path, partial(shutil.copyfile, folder / path))
+        if same:
+            _carry(folder, part, same, facts["fingerprint"])
         _replace(part, folder)
         return True
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _carry(folder: Path, part: Path, old: str, new: str) -> None:
+    """Takes over what was measured and published of the same rows where only facts about them have changed, as with
+    another release of a library. Results name their set by its fingerprint."""
+    for path in BESIDE:
+        if not (folder / path).is_file() or (part / path).exists():
+            continue
+        if path.endswith(".json"):
+            _write_text(part / path, (folder / path).read_text(encoding="utf-8").replace(old, new))
+        else:
+            work.write_atomically(part / path, partial(shutil.copyfile, folder / path))
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -191,6 +202,11 @@ class CondensedSet:
         if run is not None:
             carried["source"]["path"] = documents.load(run / "recipe.yaml")["source"]["path"]
         return carried
+
+    @property
+    def source_size(self) -> int:
+        """Side in pixels of the real set as the manifest's fingerprint of it stands for it."""
+        return self.manifest["images"]["size"] if self.manifest["control"] else self.recipe["source"]["size"]
 
     @cached_property
     def published_observers(self) -> dict[str, dict[str, Any]] | None:

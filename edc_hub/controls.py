@@ -46,7 +46,7 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], 
     made = condensed.manifest
     if condensed.published_observers is None:
         return "it lies beside the run that made the set, and the observers are not published"
-    size = condensed.recipe["source"]["size"]  # relabelled images may have another
+    size = condensed.source_size
     then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
     if made["source"]["fingerprint"] != then.fingerprint:
         return f"{then.id} has other images here than the set was condensed from"

@@ -79,12 +79,12 @@ def _is_broken(error: BaseException) -> bool:
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)) or _lacks_xet(error):
         return False
     broken = (httpx.TransportError, json.JSONDecodeError, ConnectionError, TimeoutError)  # the latter two are xet's
-    return any(isinstance(each, broken) for each in _chain(error))
+    return any(isinstance(each, broken) and not isinstance(each, BrokenPipeError) for each in _chain(error))
 
 
 def _lacks_xet(error: BaseException) -> bool:
     """Whether an endpoint was asked for xet's storage and knows of none; hf_xet has a text for it and no status."""
-    return any("/xet-write-token/" in str(each) and "404" in str(each) for each in _chain(error))
+    return any("/xet-write-token/" in str(each) and re.search(r"\b404[ )]", str(each)) for each in _chain(error))
 
 
 def _wait(error: Exception, attempt: int) -> float | None:
@@ -135,8 +135,7 @@ def _disk(error: Exception) -> str | None:
 
 
 def _reading(error: Exception, id: str, words: str) -> str | None:
-    known = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.TransportError, ConnectionError)
-    if not isinstance(error, known):
+    if not (isinstance(error, HfHubHTTPError | HFValidationError | LocalEntryNotFoundError) or _is_broken(error)):
         return None
     if isinstance(error, RevisionNotFoundError):
         return f"revision: {id} has no{words.removeprefix(' at revision')}; see its tags on the Hub"

@@ -36,11 +36,16 @@ def open_split(comparison: Comparison, section: Callable[[int], Source], size: i
     return split
 
 
-def refuse_other_images(section: Source, condensed: CondensedSet) -> None:
-    """Raises InputError where the training images are not those of which the set's own hold-out was kept: a row's lot
-    hangs on its number, so of other images the set may have seen some."""
-    there = source.load(section.model_copy(update={"size": condensed.recipe["source"]["size"]}))
-    if there.fingerprint != condensed.manifest["source"]["fingerprint"]:
+def refuse_other_images(section: Source, split: RealSet, condensed: CondensedSet) -> None:
+    """Raises InputError where `split`, a hold-out, was kept from other training images than the set's.
+
+    A row's lot hangs on its number, so of other images the set may have seen some.
+    """
+    made = condensed.manifest["source"]
+    if split.commit and (split.id, split.commit) == (made["id"], made["commit"]):
+        return
+    there = source.load(section.model_copy(update={"size": condensed.source_size}))
+    if there.fingerprint != made["fingerprint"]:
         raise InputError(
             f"split: holdout, but the set was condensed from other training images than {there.id} has here, and may "
             "have seen some of these; give source.path and source.revision of its own, or write --split test"

@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,24 +110,23 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
         )
 
 
-def images(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> "RealSet":
+def images(recipe: Recipe, folder: Path, real: "RealSet | None" = None) -> "RealSet":
     """The training split that a run condenses, opened where it is not given; of a finished run the images it had, so
-    that the same command finds it whatever came to their repository since.
+    that the same command finds it whatever was committed since.
 
     Raises InputError where a finished run had others.
     """
     from . import manifest, source
 
-    place = folder / "dataset/manifest.json"
-    real = real or source.load(recipe.source)
-    made = manifest.read(place, str(folder))["source"] if place.is_file() else None
-    if made is None or made["fingerprint"] == real.fingerprint:
+    made, section = manifest.source(folder / "dataset"), recipe.source
+    if made is None or (real and real.fingerprint == made["fingerprint"]):
+        return real or source.load(section)
+    if made["commit"] and made["id"] == section.path:
+        with suppress(InputError):  # no longer there
+            real = source.load(section.model_copy(update={"revision": made["commit"]}))
+    real = real or source.load(section)
+    if real.fingerprint == made["fingerprint"]:
         return real
-    if made["commit"] and not recipe.source.revision:
-        then = source.load(recipe.source.model_copy(update={"revision": made["commit"]}))
-        if then.fingerprint == made["fingerprint"]:
-            session.report(f"{real.id} has new commits; this run is finished and stays with {made['commit'][:8]}")
-            return then
     raise InputError(
         f"output_dir: {folder} is finished, of other images than {real.id} has now; give this run another output_dir"
     )

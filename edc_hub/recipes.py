@@ -141,7 +141,7 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
 def of_run(run: Path) -> Recipe:
     """The recipe of a finished run, with the commit of the real set that it had, whatever came to it since."""
     recipe, made = resolve(load(run / "recipe.yaml")), json.loads((run / "dataset/manifest.json").read_text("utf-8"))
-    revision = recipe.source.revision or made["source"]["commit"]
+    revision = made["source"]["commit"] or recipe.source.revision
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
 

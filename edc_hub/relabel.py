@@ -56,7 +56,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
 
     clock = pictures.Clock(session)
     with clock("source"):
-        foreign, recipe, real = read(parsed, session)
+        foreign, recipe, real = read(parsed)
         launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
         _refuse_other_images(folder / "dataset" / "manifest.json", foreign)
         real.preload()
@@ -81,11 +81,11 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     return made.place
 
 
-def read(parsed: Parsed, session: "Session") -> "tuple[Foreign, Recipe, RealSet]":
+def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
     """The images, the recipe for as many a class, and the recipe's source."""
     from . import foreign, labels, source
 
-    real = launch.images(parsed.recipe, launch.run_folder(parsed.recipe), session)
+    real = launch.images(parsed.recipe, launch.run_folder(parsed.recipe))
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)
@@ -147,7 +147,7 @@ def _say_agreement(dataset: Path, session: "Session") -> None:
 
 def show_plan(parsed: Parsed, session: "Session") -> None:
     """Prints what would be made on stdout; trains, labels and writes nothing."""
-    foreign, recipe, real = read(parsed, session)
+    foreign, recipe, real = read(parsed)
     if session.state.is_main_process:
         from . import plan
 

@@ -85,9 +85,10 @@ class Bench:
     def judged_on(self) -> RealSet:
         """The split that accuracy is measured on. Raises InputError where its classes are not the set's, or where it
         is kept from other training images than the set's."""
+        split = judged.open_split(self.comparison, self._source, self.size, self.sets[0].names)
         if self.comparison.split == "holdout":
-            judged.refuse_other_images(self.comparison.source, self.sets[0])
-        return judged.open_split(self.comparison, self._source, self.size, self.sets[0].names)
+            judged.refuse_other_images(self.comparison.source, split, self.sets[0])
+        return split
 
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ its settings when it is imported (huggingface_hub, datasets, transformers, edc_h
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,22 +22,30 @@ from pathlib import Path
 
 
 SERVER = """
-import json, os, runpy, sys
+import contextlib, json, os, runpy, signal, sys
 import numpy, PIL.Image, torch, torch._dynamo, torchvision
 
+running = set()
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' end ends the input
 for line in sys.stdin:
     asked = json.loads(line)
     if "wait" in asked:
         print(os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1]), flush=True)
+        running.remove(asked["wait"])
     elif child := os.fork():
         print(child, flush=True)
+        running.add(child)
     else:
         break
 else:
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     os._exit(0)
 
 # in the child
 os.setsid()
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(asked["cwd"])
 os.environ.clear()
 os.environ.update(asked["env"])
@@ -91,7 +100,8 @@ class Started:
             status = _ask(wait=self.pid)
         finally:
             late.cancel()
-        said = ((self._folder / name).read_text(encoding="utf-8") for name in ("out", "err"))
+        said = [(self._folder / name).read_text(encoding="utf-8") for name in ("out", "err")]
+        shutil.rmtree(self._folder)
         return subprocess.CompletedProcess(self.code, status, *said)
 
 

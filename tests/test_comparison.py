@@ -220,6 +220,7 @@ def test_a_holdout_that_the_set_was_made_from_is_refused(copied):
 
 
 def test_sets_of_one_figure_differ_in_their_seed_alone(copied, toy_run):
+    source = json.loads((toy_run / "dataset/manifest.json").read_text())["source"]
     other = copied("seed", manifest={"fingerprint": "other", "seed": 1}, recipe={"seed": 1})
     assert len(comparison.parse(["--dataset", f"{toy_run},{other}"]).sets) == 2
     more = copied("more", manifest={"fingerprint": "more"}, recipe={"synthesize": {"iterations": 9}, "seed": 2})
@@ -227,6 +228,8 @@ def test_sets_of_one_figure_differ_in_their_seed_alone(copied, toy_run):
     assert f"{toy_run} and {more} differ in synthesize.iterations; one figure is of sets of one recipe" in line
     classes = copied("classes", manifest={"fingerprint": "classes", "classes": ["a", "b", "c"]})
     assert "differ in classes" in error("--dataset", f"{toy_run},{classes}")
+    other = copied("other", manifest={"fingerprint": "3" * 64, "source": {**source, "fingerprint": "4" * 64}})
+    assert "differ in the real images they are of" in error("--dataset", f"{toy_run},{other}")
     assert "are one set; give it once" in error("--dataset", f"{toy_run},{copied('twice')}")
 
 

@@ -245,6 +245,9 @@ def test_a_finished_run_is_not_replaced_where_its_source_has_other_images_now(tm
     assert (run / "dataset/manifest.json").read_bytes() == before
     write_source(tmp_path / "toy")  # as it was
     assert condense.main(again) == 0 and (run / "dataset/manifest.json").read_bytes() == before
+    for damaged in ("", "{}", "[]"):  # is made again from what is there
+        (run / "dataset/manifest.json").write_text(damaged)
+        assert condense.main(again) == 0 and (run / "dataset/manifest.json").read_bytes() == before
 
 
 def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):

@@ -467,13 +467,15 @@ def test_a_token_file_that_cannot_be_read_is_one_line(hub, dataset, tmp_path):
     assert "token cannot be read (Is a directory)" in done.stderr
 
 
-def test_a_connection_that_breaks_below_xet_is_tried_again_and_then_said_in_one_line(monkeypatch):
+@pytest.mark.parametrize("kind", [ConnectionError, TimeoutError])
+def test_a_connection_that_breaks_below_xet_is_tried_again_and_then_said_in_one_line(monkeypatch, kind):
     """hf_xet raises the builtin errors, without a number."""
     asked, said = [], []
     monkeypatch.setattr(hub_errors.time, "sleep", asked.append)
+    url = "https://huggingface.co/api/datasets/org/set-404/xet-write-token/main"
 
     def broken():
-        raise ConnectionError("Network error: error sending request for url (https://huggingface.co/api/x)")
+        raise kind(f"Network error: error sending request for url ({url})")
 
     for reading, text in ((None, "HF_ENDPOINT: .* cannot be reached"), ("", "neither a folder here nor a data set")):
         with pytest.raises(InputError, match=text), hub_errors.plain("org/toy", reading):

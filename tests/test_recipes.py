@@ -60,7 +60,7 @@ def test_every_shipped_recipe_resolves_for_every_method_and_ipc_and_prints_a_rec
         for ipc in (1, 10, 50):
             found = recipe(name, "--ipc", ipc, "--method", method)
             assert (found.method, found.ipc) == (method, ipc)
-        assert recipes.resolve(yaml.safe_load(recipes.dump(found))) == found
+            assert recipes.resolve(yaml.load(recipes.dump(found), yaml.CSafeLoader)) == found
         assert recipes.resolve(documents.read(recipes.published(found), "published")).synthesize == found.synthesize
 
 
