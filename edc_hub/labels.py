@@ -106,7 +106,9 @@ def obtain(
         "precision": str(session.arithmetic),
     } | canvas.facts(grid)
     names = ["mean", *(f"epoch{number:05d}" for number in range(section.epochs))]
-    units = [Unit(STAGE, name, work.fingerprint(STAGE, VERSION, unit=name, **inputs)) for name in names]
+    own = {"mean": {"batches": "drawn"}} if section.observer_mode == "batch" else {}
+    prints = [work.fingerprint(STAGE, VERSION, unit=name, **inputs, **own.get(name, {})) for name in names]
+    units = [Unit(STAGE, name, fingerprint) for name, fingerprint in zip(names, prints, strict=True)]
     whole = Labels(session.store, units)
 
     @cache  # only where a unit is missing, and once
@@ -117,7 +119,7 @@ def obtain(
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         pictures, teach = ready()
         if unit.name == "mean":
-            return {"soft_label": _images_themselves(pictures, grid, teach, section)}, {}
+            return {"soft_label": _images_themselves(pictures, grid, teach, section, generator)}, {}
         made = _label_epoch(pictures, grid, teach, section, int(unit.name[5:]), generator)
         return {**canvas.stored(made, grid), "soft_label": made["soft_label"]}, {}
 
@@ -131,6 +133,11 @@ def obtain(
     if section.codec == "observers":
         return labelled(0)
     kept = _kept(section, len(images), labelled, session)
+    if section.budget is not None and kept < grid**2:
+        raise InputError(
+            f"relabel.budget: {section.budget:g} MB keep {kept} label epochs, and each shows one of the {grid**2} "
+            "pictures of an image; write more"
+        )
     return replace(labelled(kept), full=labelled(section.epochs) if section.full else None)
 
 
@@ -178,11 +185,20 @@ def _label_epoch(
     return views.take({**table, "soft_label": labels}, slice(count))
 
 
-def _images_themselves(pictures: Tensor, grid: int, teach: Teacher, section: Relabel) -> Tensor:
-    """Mean logits (N, C) float16 of the images as they are, in their order: over the pictures of each."""
+def _images_themselves(
+    pictures: Tensor, grid: int, teach: Teacher, section: Relabel, generator: torch.Generator
+) -> Tensor:
+    """Mean logits (N, C) float16 of the images as they are, in their order: over the pictures of each.
+
+    Batches whose statistics count are drawn: images lie class by class, and a batch of one class has its mean taken
+    away.
+    """
     count, size = len(pictures), pictures.shape[-1]
-    table = views.take(views.whole(count, size), _filled(count, section))
-    labels = _labelled(pictures, table, teach, section)[:count]
+    order = torch.randperm(count, generator=generator) if section.observer_mode == "batch" else torch.arange(count)
+    table = views.take(views.whole(count, size), order[_filled(count, section)])
+    found = _labelled(pictures, table, teach, section)[:count]
+    labels = torch.empty_like(found)
+    labels[order] = found
     return labels.unflatten(0, (-1, grid**2)).mean(1).half()
 
 

@@ -85,7 +85,7 @@ def of_student(section: Evaluation, name: str, arch: str | None = None) -> Evalu
     Raises InputError for what is no key there.
     """
     own = section.per_student.get(name, section.per_student.get(arch, {}))
-    fixed = {"protocol", "students", "teachers", "test_resize", "per_student"} & set(own)
+    fixed = {"protocol", "students", "labels", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")
     try:

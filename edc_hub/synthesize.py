@@ -88,10 +88,13 @@ def optimise(
         loss = step_loss(step, average, labels, observed, section, space, generator, recipe.images.grid)
         if watch is not None:
             watch(step, z.detach(), loss)
-        losses[step], z.grad = _slope(loss, z, scale, keep=flatness.kind != "sam")
-        if flatness.kind == "sam":  # the running statistics remember what the step's gradient is taken at
-            away = z.detach() + z.grad * (flatness.rho / (z.grad.square().mean().sqrt() + 1e-12))
-            _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
+        try:
+            losses[step], z.grad = _slope(loss, z, scale, keep=flatness.kind != "sam")
+            if flatness.kind == "sam":  # the running statistics remember what the step's gradient is taken at
+                away = z.detach() + z.grad * (flatness.rho / (z.grad.square().mean().sqrt() + 1e-12))
+                _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
+        except torch.linalg.LinAlgError as error:  # the spectrum of what is no number
+            raise _no_number(step) from error
         adam.step()
         space.clamp(z)
         if residual.every and done % residual.every == 0 and done < section.iterations:
@@ -105,9 +108,13 @@ def optimise(
     broken = (~losses.isfinite()).nonzero().flatten().tolist()
     broken += [] if z.isfinite().all() else [section.iterations]
     if broken:  # its pixels are no numbers either, and would be published as black
-        remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
-        raise InputError(f"synthesize: the loss is no number from step {broken[0]} on; {remedy}")
+        raise _no_number(broken[0])
     return z.detach(), losses
+
+
+def _no_number(step: int) -> InputError:
+    remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
+    return InputError(f"synthesize: the loss is no number from step {step} on; {remedy}")
 
 
 def _slope(loss: Loss, z: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:

@@ -253,6 +253,11 @@ def test_a_budget_below_one_label_epoch_keeps_one_and_says_so(session, tmp_path,
     assert "relabel.budget: 1e-06 MB keep 1 of 4 label epochs; one takes 0.0" in capsys.readouterr().err
 
 
+def test_a_budget_keeps_a_label_epoch_for_each_picture_of_a_canvas(session, tmp_path):
+    with pytest.raises(InputError, match=r"relabel.budget: 1e-06 MB keep 1 label epochs, .* one of the 4 pictures"):
+        written(tmp_path / "dataset", session, epochs=8, relabel={"budget": 1e-6}, encoding={"grid": 2})
+
+
 def test_all_label_epochs_stand_beside_the_pruned_ones_as_a_configuration_of_their_own(session, tmp_path):
     whole = written(tmp_path / "whole", session, epochs=30)
     given = {"codec": "int8", "budget": label_files(whole) / 4e6, "full": True}

@@ -193,6 +193,7 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
             "teachers: two networks are called 't'; give each its own name",
         ),
         ("--evaluation.per_student.narrow.test_resize 9", "evaluation.per_student.narrow: test_resize is the same"),
+        ("--evaluation.per_student.narrow.labels mean", "evaluation.per_student.narrow: labels is the same for all"),
         (
             "--evaluation.per_student.narrow.students [a]",
             "evaluation.per_student.narrow: students is the same for all",

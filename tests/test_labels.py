@@ -111,9 +111,28 @@ def test_batch_mode_normalises_by_the_batch_and_leaves_the_observers_as_they_wer
     hooked = list(batches)
     mean, soft = hooked[:3], hooked[3:]
     net = observers.networks["a"]
-    for got, given in ((found.mean, mean), (found.epoch(0)[1], soft)):
+    for got, given in ((found.mean[shown(mean)], mean), (found.epoch(0)[1], soft)):
         want = torch.cat([batch_reference(net, x) for x in given])[:10]
         torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=2**-10)
+
+
+def shown(batches) -> list[int]:
+    """Which image each of the first ten whole views is of."""
+    views = torch.cat(batches)[: len(IMAGES)]
+    return [int((IMAGES / 255 - x).abs().flatten(1).amax(1).argmin()) for x in views]
+
+
+def test_batches_whose_statistics_count_are_drawn_and_not_of_one_class_after_another(session):
+    batches = []
+    observers = Observers(5)
+    observers.networks["a"].register_forward_pre_hook(lambda _, x: batches.append(x[0].clone()))
+    kept = {"epochs": 1, "batch": 5, "observers": ["a"]}
+    made(session, {**kept, "observer_mode": "batch"}, observers=observers)
+    order = shown(batches[:2])
+    assert sorted(order) == list(range(10)) and all(min(part) < 5 <= max(part) for part in (order[:5], order[5:]))
+    batches.clear()
+    made(session, kept, observers=observers)  # each image by itself, whatever the batch
+    assert shown(batches[:2]) == list(range(10))
 
 
 def test_batch_mode_fills_the_last_batch_with_the_first_images_again(session):

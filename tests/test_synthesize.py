@@ -85,6 +85,17 @@ def test_a_loss_that_is_no_number_is_refused_and_not_published(session, tmp_path
         synthesize.optimise(*given, session, generator, progress)
 
 
+def test_a_spectrum_of_what_is_no_number_is_refused_like_such_a_loss(session, tmp_path):
+    class Spectral(Smooth):
+        def loss(self, x, *rest, **more):
+            broken = x.flatten(1) * torch.nan
+            return super().loss(x, *rest, **more) + torch.linalg.eigvalsh(broken @ broken.T).sum()
+
+    given = images(), torch.arange(4), [Smooth(0), Spectral(0)], recipe()
+    with pytest.raises(InputError, match="no number from step 1 on; lower synthesize.lr"):
+        synthesize.optimise(*given, session, torch.Generator(), Progress(tmp_path / "p", 1e9))
+
+
 def test_pixels_that_the_last_step_breaks_are_refused_and_not_published(session, tmp_path):
     class Steep(Smooth):
         def loss(self, x, *rest, **more):
