@@ -98,7 +98,7 @@ def _rendered(
         "flip": soft["flip"],
         {"none": "", "cutmix": "CutMix", "mixup": "MixUp"}[soft["mix"]]: soft["mix"] != "none",
     }
-    control, name = manifest["control"], source["id"]
+    control, name, citations = manifest["control"], source["id"], terms.citations(manifest["method"])
     condensed_by = f"condensed with the recipe `{manifest['method']}`"
     if "origin" in manifest:
         condensed_by = f"the images of {manifest['origin']['id']} labelled anew"
@@ -116,8 +116,8 @@ def _rendered(
         shown="pictures" if side > 1 else "images",
         soft=soft,
         likeness=manifest.get("likeness"),
-        cited=_cited(manifest, source),
-        citations=terms.citations(manifest["method"]),
+        cited=_cited(manifest, source, citations),
+        citations=citations,
         source=source,
         source_link=f"[{name}]({source['link']})" if source["link"] else name,
         origin=origin[control],
@@ -139,14 +139,14 @@ def _rendered(
     return made.content.rstrip() + "\n"  # Jinja drops the last line's end
 
 
-def _cited(manifest: dict[str, Any], source: dict[str, Any]) -> str:
-    """Who is to be cited, in words; BibTeX that is known stands below them."""
+def _cited(manifest: dict[str, Any], source: dict[str, Any], citations: list[str]) -> str:
+    """Who is to be cited, in words; the BibTeX that is known, `citations`, stands below them."""
     whole = ["the source" if source["citation"] else f"the source, {source['id']}, as its authors ask"]
     method = manifest["method"]
     if "origin" in manifest:
         whole.append(f"{manifest['origin']['id']}, whose images these are, as its authors ask")
     elif method.partition("-")[0] not in ("edc", "random"):
-        whole.append("the method" if len(terms.citations(method)) > 1 else f"the method, {method}, as its authors ask")
+        whole.append("the method" if len(citations) > 1 else f"the method, {method}, as its authors ask")
     return f"{', '.join(whole)} and EDC, whose pipeline this is"
 
 

@@ -12,7 +12,7 @@ def load(stratified) -> tuple[datasets.DatasetDict, str]:
 
     `stratified(labels, fraction, seed)` draws a boolean mask with that fraction of each class.
     """
-    from sklearn.datasets import load_digits  # takes as long to import as torch
+    from sklearn.datasets import load_digits  # takes seconds to import
 
     bunch = load_digits()
     pixels, labels = bunch.images, bunch.target.astype(np.int64)

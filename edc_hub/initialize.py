@@ -167,7 +167,7 @@ def _nearest(
                 found.append(network.features(to_float(images, session.device)).flatten(1).double().cpu())
     features = torch.cat(found)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    from sklearn.cluster import KMeans  # takes as long to import as torch
+    from sklearn.cluster import KMeans  # takes seconds to import
 
     means = KMeans(recipe.ipc, n_init=10, max_iter=recipe.initialize.iterations, random_state=seed)
     with threadpool_limits(1):  # its threads add up in the order in which they finish

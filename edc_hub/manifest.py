@@ -133,10 +133,10 @@ def same_data(folder: Path, facts: dict[str, Any]) -> str | None:
 
 def is_of(folder: Path, fingerprint: str) -> bool:
     """Whether a folder is the whole dataset folder with this fingerprint."""
+    found = _there(folder)
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         sizes = {path: (folder / path).stat().st_size for path in found["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return False
     whole = all(found["files"][path]["bytes"] == size for path, size in sizes.items())
     return whole and found["fingerprint"] == fingerprint

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +28,6 @@ from edc_hub.recipe import Images
 
 
 ENVIRONMENT = {**os.environ, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
-MODULE = [sys.executable, "-m", "edc_hub.evaluate"]
 FEW = ["--seeds", "0", "--controls", "[]"]
 
 
