@@ -73,6 +73,8 @@ def _value(text: str, path: str, kind: str) -> Any:
         return None if text == "null" else text  # a revision 12e45 or a folder 2024, whatever YAML takes it for
     if kind == "list of text" and not text.startswith("["):
         return text.split(",")
+    if kind == "list of text or null" and text[:1] not in "[{\"'" and text != "null":
+        return text.split(",")  # *@4 is no alias of YAML's
     if kind.startswith("list of") and text and text[0] not in "[{\"'" and text != "null":
         return read(f"[{text}]", f"--{path}")
     return read(text, f"--{path}")

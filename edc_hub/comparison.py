@@ -12,7 +12,7 @@ from pydantic import Field
 
 from . import arguments, documents, keys, recipes, rules
 from .errors import InputError
-from .protocol import Evaluation
+from .protocol import Evaluation, Student
 from .recipe import Source
 from .section import Count, Positive, Rate, Section
 
@@ -55,6 +55,12 @@ class Comparison(Section):
         return self.evaluation.precision
 
 
+class _Typed(Comparison):
+    """What a command line may say."""
+
+    students: list[str | Student] | None = Field(None, description="short for evaluation.students")
+
+
 class Parsed(NamedTuple):
     comparison: Comparison
     sets: "list[CondensedSet]"
@@ -72,7 +78,9 @@ def parse(argv: list[str] | None) -> Parsed:
     if "--help" in argv or "-h" in argv:
         print(_usage(), flush=True)
         raise SystemExit(0)
-    named, overrides, flags = arguments.split(argv, Comparison, _FLAGS)
+    named, overrides, flags = arguments.split(argv, _Typed, _FLAGS)
+    if (students := overrides.pop("students", None)) is not None:
+        overrides["evaluation"] = overrides.get("evaluation", {}) | {"students": students}
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
     if named and Path(named[0]).expanduser().is_dir():
@@ -114,7 +122,7 @@ def _usage() -> str:
         "Without one the protocol is that of the set's own recipe; --evaluation.protocol names another.\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b.\n\n{flags}\n"
     )
-    return "\n".join([head, *keys.help_lines(Comparison)])
+    return "\n".join([head, *keys.help_lines(_Typed)])
 
 
 def _folder(place: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import documents, methods, recipes
 from .errors import InputError, OtherStopped
@@ -203,10 +203,20 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
         device=state.device,
         dtype=getattr(torch, recipe.precision),
         checkpoint_seconds=recipe.checkpoint_seconds,
-        progress_bars=sys.stderr.isatty() and not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"),
+        progress="none"
+        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+        else "bars"
+        if sys.stderr.isatty()
+        else "lines",
     )
     # not after an error: others may be in a barrier, to be ended by the launcher
     state.destroy_process_group()
+
+
+def _progress() -> Literal["bars", "lines", "none"]:
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+        return "none"
+    return "bars" if sys.stderr.isatty() else "lines"
 
 
 def local_processes() -> int:

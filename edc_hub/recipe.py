@@ -111,7 +111,9 @@ class Initialize(Section):
     """What each condensed image starts from."""
 
     kind: Literal["real", "rded", "kmeans", "noise"] = Field("real", description="how images are chosen or made")
-    observers: list[str] | None = Field(None, description="scoring networks (rded) or the feature network (kmeans)")
+    observers: list[str] | None = Field(
+        None, description="scoring networks (rded) or the feature network (kmeans), as in relabel"
+    )
     batch: Positive = Field(100, description="images a forward pass")
     variant: Literal["rded", "edc"] = Field("rded", description="RDED's own selector, or the one of EDC's code")
     images_per_class: Positive = Field(300, description="real images a class that are looked at (mipc)")
@@ -127,7 +129,7 @@ class Initialize(Section):
 class Synthesize(Section):
     """Optimisation of the images, EDC section 3.2."""
 
-    observers: list[str] | None = Field(None, description="networks whose statistics are matched")
+    observers: list[str] | None = Field(None, description="networks whose statistics are matched, as in relabel")
     block: Positive = Field(100, description="images optimised and measured together")
     block_order: Literal["class_major", "across_class"] = Field(
         "class_major", description="class_major: all images of a class, then the next; across_class: one of each"
@@ -173,7 +175,9 @@ class Synthesize(Section):
 class Relabel(ViewSettings):
     """Soft labels: the observers' mean logits of many views of each published image."""
 
-    observers: list[str] | None = Field(None, description="networks whose logits are averaged")
+    observers: list[str] | None = Field(
+        None, description="networks whose logits are averaged: name, name@epoch, *@epoch, *@*; null: each at its last"
+    )
     epochs: Numbered = Field(1000, description="label epochs: views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
     observer_mode: Literal["running", "batch"] = Field("running", description="statistics that BatchNorm uses")
@@ -286,10 +290,15 @@ def title(name: str, epoch: int) -> str:
 
 
 def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
-    """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last."""
-    last = {net.name: (snapshots(net) or [0])[-1] for net in recipe.observers.networks}
+    """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last.
+
+    `*` stands for every name or, behind the @, for every snapshot: `*@4`, `resnet18@*`, `*@*`.
+    """
+    kept = {net.name: snapshots(net) or [0] for net in recipe.observers.networks}
     chosen = []
-    for entry in list(last) if entries is None else entries:
+    for entry in ["*"] if entries is None else entries:
         name, _, epoch = entry.partition("@")
-        chosen.append((name, int(epoch) if epoch else last[name]))
+        for one in kept if name == "*" else [name]:
+            epochs = kept[one] if epoch == "*" else [int(epoch)] if epoch else kept[one][-1:]
+            chosen += [(one, number) for number in epochs]
     return chosen

@@ -124,7 +124,7 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
         method = blocks("method", top["method"], top["name"], top["ipc"])
-        special = _of_method(given.pop("per_method", None) or {}, top["method"])
+        special = _of_method(given.pop("per_method", None) or {}, top["method"], top["ipc"])
         above = layered([*method, given, *special, overrides], Recipe)
         protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
         below = layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
@@ -164,7 +164,7 @@ def methods() -> list[str]:
     return shipped(ROOT / "methods")
 
 
-def _of_method(per_method: Any, method: Any) -> list[dict[str, Any]]:
+def _of_method(per_method: Any, method: Any, ipc: Any) -> list[dict[str, Any]]:
     """What a recipe sets for a method and for those it stands on, weakest first."""
     if not isinstance(per_method, dict) or not all(isinstance(value, dict) for value in per_method.values()):
         raise InputError(f"per_method: expected methods with keys and values, got {per_method!r}")
@@ -175,7 +175,14 @@ def _of_method(per_method: Any, method: Any) -> list[dict[str, Any]]:
     while isinstance(method, str):
         chain.append(method)
         method = None if ":" in method else load(ROOT / "methods" / f"{method}.yaml").get("base")
-    return [per_method[name] for name in reversed(chain) if name in per_method]
+    return [part for name in reversed(chain) for part in _of_ipc(per_method.get(name), ipc)]
+
+
+def _of_ipc(block: dict[str, Any] | None, ipc: Any) -> list[dict[str, Any]]:
+    """What a block sets for any IPC and, above it, for this one."""
+    block = dict(block or {})
+    special = block.pop("per_ipc", {})
+    return [block, special.get(ipc, {}) if isinstance(ipc, int) else {}]
 
 
 def _known(kind: str, choice: str, key: str) -> Path:
@@ -198,9 +205,7 @@ def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
     content = load(_known(kind, choice, {"protocol": "evaluation.protocol"}.get(kind, kind)))
     found = blocks(kind, content["base"], name, ipc) if "base" in content else []
     for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
-        block = dict(block or {})
-        special = block.pop("per_ipc", {})
-        found += [block, special.get(ipc, {}) if isinstance(ipc, int) else {}]
+        found += _of_ipc(block, ipc)
     return found
 
 

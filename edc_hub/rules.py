@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from .errors import InputError
 from .methods import FUNCTIONS
 from .protocol import Evaluation, of_student, student_name
-from .recipe import Recipe, selected, snapshots
+from .recipe import Recipe, selected, snapshots, title
 from .versions import NUMBERED
 
 
@@ -104,13 +104,16 @@ def _observers(recipe: Recipe) -> Iterator[str]:
             yield f"{section}.observers: an empty list, but it needs one; name an observer or write null for all"
         for entry in entries or []:
             name, at, epoch = entry.partition("@")
-            if name not in known:
+            if name not in known and name != "*":
                 yield f"{section}.observers: no observer '{name}'; there are: {', '.join(known)}; or null for all"
-            elif at and not known[name]:
-                yield f"{section}.observers: {entry}: {name} is loaded, not trained here; write {name}"
-            elif at and epoch not in map(str, known[name]):
-                kept = ", ".join(f"{name}@{epoch}" for epoch in known[name])
-                yield f"{section}.observers: {entry} was not kept; write one of: {kept}, or add it to snapshots"
+                continue
+            for one in known if name == "*" else [name]:
+                if at and epoch != "*" and not known[one]:
+                    yield f"{section}.observers: {entry}: {one} is loaded, not trained here; write {one}"
+                elif at and epoch not in ("*", *map(str, known[one])):
+                    kept = ", ".join(f"{one}@{epoch}" for epoch in known[one])
+                    missing = f"{one}@{epoch}" if name == "*" else entry
+                    yield f"{section}.observers: {missing} was not kept; write one of: {kept}, or add it to snapshots"
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:
@@ -132,8 +135,8 @@ def _initialize(recipe: Recipe) -> Iterator[str]:
         asked = f"ipc {recipe.ipc} at factor {start.factor}"
         asked += f" and images.grid {recipe.images.grid}" if recipe.images.grid > 1 else ""
         yield f"initialize: {asked} needs {wanted} crops a class, got {drawn}; {remedy}"
-    if start.kind == "kmeans" and len(start.observers or [0]) > 1:
-        yield f"initialize.observers: kmeans uses the features of one observer; write [{start.observers[0]}]"
+    if start.kind == "kmeans" and start.observers and len(chosen := selected(recipe, start.observers)) > 1:
+        yield f"initialize.observers: kmeans uses the features of one observer; write [{title(*chosen[0])}]"
     if start.kind == "kmeans" and pictures > start.images_per_class:
         yield (
             f"initialize.images_per_class: {start.images_per_class} images cannot give {pictures} centres; "

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -32,6 +32,27 @@ from .errors import InputError, OtherFailed, OtherStopped
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+MINUTE = 60.0  # seconds between two lines of progress in a log
+
+
+class Lines(tqdm):
+    """Progress where no terminal draws a bar: a line a minute, and none of what is done sooner."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        self._last = time.monotonic()
+        super().__init__(*arguments, delay=MINUTE, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None and time.monotonic() - self._last >= MINUTE:
+            self._last = time.monotonic()
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
+
+    def close(self) -> None:
+        self.delay = float("inf")  # tqdm clears what was drawn since then
+        super().close()
 
 
 class Unit(NamedTuple):
@@ -187,11 +208,12 @@ class Session:
     device: torch.device
     dtype: torch.dtype = torch.float32  # asked of the networks; moments and images stay float32
     checkpoint_seconds: float = 60.0
-    progress_bars: bool = True
+    progress: Literal["bars", "lines", "none"] = "bars"
 
     def bar(self, iterable: Any = None, **options: Any) -> tqdm:
-        """A progress bar on stderr, on the main process only."""
-        return tqdm(iterable, disable=not (self.progress_bars and self.state.is_main_process), **options)
+        """A progress bar on stderr, or lines of a log, on the main process only."""
+        kind = Lines if self.progress == "lines" else tqdm
+        return kind(iterable, disable=self.progress == "none" or not self.state.is_main_process, **options)
 
     @property
     def arithmetic(self) -> torch.dtype:

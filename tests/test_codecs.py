@@ -128,7 +128,7 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     from edc_hub.work import Session, Store
 
     root = tmp_path_factory.mktemp("codecs")
-    session = Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu"), progress_bars=False)
+    session = Session(Store(root / "artifacts"), PartialState(cpu=True), torch.device("cpu"), progress="none")
     places = dict(zip(IDS, CODECS, strict=True)) | {"observers": {"codec": "observers"}}
     return {name: written(root / name, session, epochs=6, relabel=given) for name, given in places.items()}
 

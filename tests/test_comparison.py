@@ -84,7 +84,7 @@ def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
         protocol("--evaluation.protocol", "rded", "--evaluation.view.flip", "false")
         == "rded (view flip False, labels of 2 networks)"
     )
-    assert protocol("--evaluation.protocol", "dc", "--evaluation.students", "resnet18,convnet3") == "dc"
+    assert protocol("--evaluation.protocol", "dc", "--students", "resnet18,convnet3") == "dc"
     for key, value in (("lr", 0.5), ("test_resize", 9), ("precision", "bfloat16"), ("momentum", 0.1)):
         assert protocol("--evaluation.protocol", "dc", f"--evaluation.{key}", value) == f"dc ({key} {value})"
 
@@ -117,7 +117,7 @@ def test_the_printed_recipe_loads_back_to_the_same_comparison(ask, tmp_path):
 
 
 def test_lists_may_be_written_with_commas(ask):
-    found = ask("--seeds", "5,6", "--controls", "real", "--evaluation.students", "resnet18,timm/resnet10t").comparison
+    found = ask("--seeds", "5,6", "--controls", "real", "--students", "resnet18,timm/resnet10t").comparison
     assert (found.seeds, found.controls) == ([5, 6], ["real"])
     assert found.evaluation.students == ["resnet18", "timm/resnet10t"]
     assert ask("--controls", "[]").comparison.controls == []

@@ -190,11 +190,13 @@ def test_values_of_a_recipe_for_a_method_stand_above_its_own_and_below_the_comma
     path = tmp_path / "mine.yaml"
     path.write_text(
         "name: mine\nobservers: {networks: [{name: a, arch: resnet18}]}\nsynthesize: {lr: 0.5}\n"
-        "per_method: {sre2l: {synthesize: {lr: 0.6, eps: 0.1}}, cda: {synthesize: {lr: 0.7}}}\n"
+        "per_method:\n  sre2l: {synthesize: {lr: 0.6, eps: 0.1}, per_ipc: {1: {synthesize: {lr: 0.9}}}}\n"
+        "  cda: {synthesize: {lr: 0.7}}\n"
     )
     rate = lambda *argv: recipe(path, *argv).synthesize.lr  # noqa: E731
     assert (rate("edc"), rate("sre2l"), rate("cda"), rate("cda", "--synthesize.lr", 0.8)) == (0.5, 0.6, 0.7, 0.8)
     assert recipe(path, "cda").synthesize.eps == 0.1  # cda stands on sre2l
+    assert (rate("sre2l", "--ipc", 1), rate("cda", "--ipc", 1)) == (0.9, 0.7)
     assert "per_method" not in yaml.safe_load(recipes.dump(recipe(path, "cda")))
 
 

@@ -186,7 +186,7 @@ def test_an_untrained_observer_is_the_same_network_and_writes_nothing(real, calm
 def trained(tmp_path_factory, real):
     """A store with one good observer, and its state dictionary."""
     store = Store(tmp_path_factory.mktemp("trained"))
-    session = Session(store, PartialState(cpu=True), torch.device("cpu"), progress_bars=False)
+    session = Session(store, PartialState(cpu=True), torch.device("cpu"), progress="none")
     found = observers.obtain(learns(), real, session)
     return found.load("tiny", 4).module.state_dict(), found.facts("tiny", 4)
 

@@ -43,6 +43,31 @@ def file(tmp_path):
     return write
 
 
+@pytest.mark.parametrize(
+    ("entries", "chosen"),
+    [
+        (None, [("a", 4), ("b", 8), ("c", 0)]),
+        (["*"], [("a", 4), ("b", 8), ("c", 0)]),
+        (["b@*", "a@2"], [("b", 4), ("b", 8), ("a", 2)]),
+        (["*@*"], [("a", 2), ("a", 4), ("b", 4), ("b", 8), ("c", 0)]),
+    ],
+)
+def test_a_star_names_every_observer_or_every_snapshot(entries, chosen, file):
+    text = (
+        "observers:\n  networks:\n    - {name: a, arch: resnet18, train: {epochs: 4, snapshots: [2]}}\n"
+        "    - {name: b, arch: resnet18, train: {epochs: 8, snapshots: [4]}}\n"
+        "    - {name: c, arch: timm/resnet18, weights: FOLDER}\n"
+    )
+    found = recipe(file(text), "--relabel.observers", "null" if entries is None else entries)
+    assert selected(found, found.relabel.observers) == chosen
+    assert "relabel.observers: *@4: c is loaded, not trained here; write c" in error(
+        file(text), "--relabel.observers", ["*@4"]
+    )
+    assert recipe(file(text), "--relabel.observers", "*,b@4").relabel.observers == ["*", "b@4"]
+    without = file(text.rsplit("    - ", 1)[0])
+    assert selected(recipe(without), ["*@4"]) == [("a", 4), ("b", 4)]
+
+
 # What ships
 
 
@@ -457,7 +482,10 @@ def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatc
         ),
         ("--initialize.kind rded --initialize.variant edc --ipc 1025", "got 1024; write variant: rded"),
         ("--initialize.kind kmeans --ipc 301", "initialize.images_per_class: 300 images cannot give 301 centres"),
-        ("--initialize.kind kmeans --initialize.observers [convnet_d3,convnet_d2]", "write [convnet_d3]"),
+        ("--initialize.kind kmeans --initialize.observers [convnet_d3,convnet_d2]", "write [convnet_d3@"),
+        ('--initialize.kind kmeans --initialize.observers ["*"]', "kmeans uses the features of one observer; write ["),
+        ('--relabel.observers ["*@99"]', "relabel.observers: convnet_d3@99 was not kept; write one of: convnet_d3@"),
+        ('--relabel.observers ["convnet_*"]', "relabel.observers: no observer 'convnet_*'; there are: convnet_d3, "),
         ("--synthesize.jitter 16", "synthesize.jitter: 16 px rolls past the image; write less than 16"),
         (
             "--synthesize.class_scope local --synthesize.alpha 1",

@@ -116,6 +116,24 @@ def test_a_unit_that_saved_its_progress_goes_on_from_there(session):
     assert [path.suffix for path in (session.store.root / "stage").iterdir()] == [".safetensors"]
 
 
+def test_a_log_has_a_line_a_minute_of_what_takes_longer_and_nothing_of_the_rest(session, monkeypatch, capsys):
+    logged = replace(session, progress="lines")
+    clock = [0.0]
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock[0])
+    for seconds in (10, 25):  # four steps take 40 and 100 seconds
+        with logged.bar(total=4, desc="resnet18", unit="step", leave=False) as bar:
+            for _ in range(4):
+                clock[0] += seconds
+                bar.update()
+                bar.set_postfix(loss="0.5")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "\r" not in said
+    assert said.startswith("resnet18:  75%") and "3/4" in said and "loss=0.5" in said
+    with replace(session, progress="none").bar(range(3)) as bar:
+        assert list(bar) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 def test_progress_is_saved_only_when_it_is_due(tmp_path):
     progress = Progress(tmp_path / "p", seconds=1000)
     progress.save(lambda: pytest.fail("not due"))
@@ -191,7 +209,7 @@ from edc_hub import work
 sys.path.insert(0, str(Path(sys.argv[2])))
 from test_work import draw, units
 state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
-session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress_bars=False)
+session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress="none")
 work.run(units(7), draw, session, seed=5, label="x")
 assert all(session.store.has(unit) for unit in units(7))
 state.destroy_process_group()  # as launch.session does: gloo's threads end before the interpreter
@@ -217,7 +235,7 @@ from edc_hub.errors import InputError, OtherFailed
 sys.path.insert(0, str(Path(sys.argv[2])))
 from test_work import draw, units
 state = PartialState(cpu=True, backend="gloo", timeout=timedelta(seconds=60))
-session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress_bars=False)
+session = work.Session(work.Store(Path(sys.argv[1])), state, torch.device("cpu"), progress="none")
 
 def failing(unit, *rest):
     if unit.name == "unit-1":
