@@ -55,18 +55,20 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
     """Trains what is missing and writes the results; every process of the group calls it."""
-    from . import record, report, trackers
+    from . import record, report, trackers, work
 
     asked = parsed.comparison
     trackers.check(asked.report_to)
     found, done, outcomes = measure(parsed, folder, session)
     if session.state.is_main_process:
+        record.write(found, done, folder)
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
             places += [place for place in map(record.own_folder, parsed.sets) if place]
-        for place in places:
-            if place == folder or record.replaces(found, place, session):
-                record.write(found, done, place)
+        for place in places[1:]:
+            with work.turn(place.parent):
+                if record.replaces(found, place, session):
+                    record.write(found, done, place)
         print(report.table(found), flush=True)
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")
         trackers.log(asked, folder, done, outcomes)

@@ -94,17 +94,18 @@ def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     from . import results, work
 
     place, readme = folder / "results.json", folder / "README.md"
-    old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
     sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
-    results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
-    text = readme.read_text(encoding="utf-8")
-    text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
     rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
     table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
-    text = card.filled(text, "prefixes", f"{table}\n\n{stamp}")
-    work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+    with work.turn(folder.parent):
+        old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
+        text = readme.read_text(encoding="utf-8")
+        text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
+        text = card.filled(text, "prefixes", f"{table}\n\n{stamp}")
+        work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _percent(accuracy: list[float]) -> str:

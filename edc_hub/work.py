@@ -298,6 +298,13 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
+def turn(run: Path) -> Iterator[None]:
+    """Waits for its turn to change the results and the card of a finished run: several commands measure one set."""
+    with disk_errors(run), FileLock(run / ".results.lock"):
+        yield
+
+
+@contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Keeps `folder` for this process. A second writer is refused with the first one's name."""
     owner = folder / ".lock.json"

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from edc_hub import card, recipes, results, showcase
+from edc_hub import card, recipes, results, showcase, work
 
 
 def test_a_prefix_is_the_example_with_a_filter():
@@ -31,6 +33,21 @@ def test_figures_go_into_results_and_card_and_stay(dataset, tmp_path):
     text = card.again((folder / "README.md").read_text("utf-8"), manifest, evaluation, "org/toy")
     assert card.marked(text, "example").startswith("60.0 %, 1 student.\n<!-- of the example sha256:")
     assert "| 1 | 50.0 % |\n| 2 | 60.0 % |" in card.marked(text, "prefixes")
+
+
+def test_a_command_that_measures_the_same_set_waits_for_its_turn_to_write(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    figures = [{"images_per_class": 1, "accuracy": [0.5]}, {"images_per_class": 2, "accuracy": [0.6]}]
+    with ThreadPoolExecutor(1) as other:
+        with work.turn(tmp_path):
+            writing = other.submit(showcase.publish, folder, figures)
+            time.sleep(0.3)
+            assert not writing.done()
+            results.write({"about": {"new": True}}, folder)
+        writing.result(timeout=30)
+    written = json.loads((folder / "results.json").read_text("utf-8"))
+    assert written["about"] == {"new": True} and written["prefixes"][1]["accuracy"] == [0.6]
 
 
 def test_what_is_measured_are_the_lines_of_the_card(dataset, tmp_path, monkeypatch):
