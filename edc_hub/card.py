@@ -28,46 +28,31 @@ _LICENSE = ("license", "license_name", "license_link")
 def render(
     manifest: dict[str, Any],
     evaluation: Evaluation,
-    data: dict[str, Written],
     repo: str,
     *,
-    old: Path | None = None,
-    measured: bool = False,
+    data: dict[str, Written] | None = None,
+    old: str | None = None,
+    measured: bool = True,
+    published: dict[str, Any] | None = None,
 ) -> str:
-    """The text of README.md.
+    """The text of README.md; what a person added to the card that it replaces is in it again.
 
-    Args: data: the tables of each configuration; repo: what a reader gives to `load_dataset`; old:
-    a card that is replaced, if it is there; measured: it is of the same rows, so what it measured holds.
+    Args: repo: what a reader gives to `load_dataset`; data: the tables of each configuration, `old` names them where
+    not given; measured: `old` is of the same rows, so what it measured holds, but for accuracies of other lines than
+    are shown; published: weights, arch and bytes of each observer that is published beside the set.
     """
-    blocks = _configurations(manifest, data)
-    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo)
-    if not (old and old.is_file()):
-        return text
-    before = old.read_text(encoding="utf-8")
-    return kept(_measured(text, before, manifest, evaluation) if measured else text, before)
-
-
-def again(
-    old: str, manifest: dict[str, Any], evaluation: Evaluation, repo: str, published: dict[str, Any] | None = None
-) -> str:
-    """The text of README.md of a finished set, for `load_dataset(repo)`, in place of the card `old`.
-
-    What was measured, and what a person added, is in it again; accuracies of other lines than it shows are not.
-    Args: published: weights, arch and bytes of each observer that is published beside the set.
-    """
-    blocks = {name: value for name, value in _read(old).data.to_dict().items() if name in _BLOCKS}
-    text = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
-    return kept(_measured(text, old, manifest, evaluation), old)
-
-
-def _measured(text: str, old: str, manifest: dict[str, Any], evaluation: Evaluation) -> str:
-    """The card `text` with what was measured in `old`, but for accuracies of other lines than it shows."""
-    stamp = of_example(manifest, evaluation)
-    for name in MEASURED:
+    if data is None:
+        blocks = {name: value for name, value in _read(old).data.to_dict().items() if name in _BLOCKS}
+    else:
+        blocks = _configurations(manifest, data)
+    made = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
+    if old is None:
+        return made
+    for name in MEASURED if measured else ():
         there = marked(old, name)
-        if there and (name == "results" or stamp in there):
-            text = filled(text, name, there)
-    return text
+        if there and (name == "results" or of_example(manifest, evaluation) in there):
+            made = filled(made, name, there)
+    return kept(made, old)
 
 
 def _read(text: str) -> DatasetCard:
@@ -88,7 +73,7 @@ def _rendered(
     manifest: dict[str, Any],
     evaluation: Evaluation,
     repo: str,
-    published: dict[str, Any] | None = None,
+    published: dict[str, Any] | None,
 ) -> str:
     images, soft, source = manifest["images"], manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
     steps = {
@@ -124,8 +109,6 @@ def _rendered(
         grid_text=grid,
         bytes=amount,
         configs=_sizes(manifest),
-        image_bytes=_total(manifest, "images"),
-        label_bytes=_total(manifest, "soft_labels"),
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
         repo=repo,
         example=snippets.example(manifest, evaluation, repo),
@@ -221,9 +204,8 @@ def _title(manifest: dict[str, Any]) -> str:
 
 def _configurations(manifest: dict[str, Any], data: dict[str, Written]) -> dict[str, Any]:
     """The blocks `configs` and `dataset_info` of the metadata."""
-    configs, infos = [], []
+    configs, infos, sizes = [], [], _sizes(manifest)
     for config, written in data.items():
-        files = {path: file for path, file in manifest["files"].items() if path.startswith(f"{config}/")}
         configs.append(
             {
                 "config_name": config,
@@ -233,14 +215,13 @@ def _configurations(manifest: dict[str, Any], data: dict[str, Written]) -> dict[
                 **({"default": True} if config == "images" else {}),
             }
         )
-        rows = sum(file["rows"] for file in files.values())
-        split = {"name": "train", "num_bytes": written.memory, "num_examples": rows}
+        split = {"name": "train", "num_bytes": written.memory, "num_examples": sizes[config]["rows"]}
         infos.append(
             {
                 "config_name": config,
                 "features": written.features._to_yaml_list(),
                 **({"splits": [split]} if config == "images" else {}),  # whoever filters label epochs has fewer rows
-                "download_size": sum(file["bytes"] for file in files.values()),
+                "download_size": sizes[config]["bytes"],
                 "dataset_size": written.memory,
             }
         )
@@ -272,17 +253,14 @@ def _metadata(manifest: dict[str, Any], blocks: dict[str, Any]) -> DatasetCardDa
     )
 
 
-def _sizes(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+def _sizes(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Rows, files and bytes of each configuration."""
+    found = {}
     for config in manifest["configs"]:
         files = [file for path, file in manifest["files"].items() if path.startswith(f"{config}/")]
-        rows = sum(file["rows"] for file in files)
-        found.append({"name": config, "rows": rows, "files": len(files), "bytes": _total(manifest, config)})
+        rows, size = (sum(file[key] for file in files) for key in ("rows", "bytes"))
+        found[config] = {"rows": rows, "files": len(files), "bytes": size}
     return found
-
-
-def _total(manifest: dict[str, Any], config: str) -> int:
-    return sum(file["bytes"] for path, file in manifest["files"].items() if path.startswith(f"{config}/"))
 
 
 def amount(count: int) -> str:

@@ -9,8 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session
+
 from . import __version__, launch
 from .errors import InputError
+from .hub import writable
 from .recipe import Recipe
 
 
@@ -72,8 +77,6 @@ def devices(recipe: Recipe | None) -> Iterator[Finding]:
 
 def hub() -> Iterator[Finding]:
     """Whether the Hub answers, how files would go there, and whether the token may write."""
-    from huggingface_hub import constants, get_token
-
     offline = constants.HF_HUB_OFFLINE
     yield _offline() if offline else _endpoint()
     yield _xet()
@@ -91,16 +94,11 @@ def hub() -> Iterator[Finding]:
 
 
 def _offline() -> Finding:
-    from huggingface_hub import constants
-
     remedy = "unset it to download or publish; without, what is in the cache works"
     return Finding("endpoint", f"{constants.ENDPOINT}, and HF_HUB_OFFLINE is set", remedy)
 
 
 def _endpoint() -> Finding:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
     remedy = "check the network, HTTPS_PROXY and HF_ENDPOINT; with HF_HUB_OFFLINE=1 what is in the cache works"
     try:
         status = get_session().get(f"{constants.ENDPOINT}/api/datasets?limit=1", timeout=20).status_code
@@ -112,8 +110,6 @@ def _endpoint() -> Finding:
 
 
 def _xet() -> Finding:
-    from huggingface_hub import constants
-
     try:
         text = f"hf_xet {importlib.metadata.version('hf_xet')}"
     except importlib.metadata.PackageNotFoundError:
@@ -127,11 +123,6 @@ def _xet() -> Finding:
 
 
 def _token() -> Finding:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    from .hub import writable
-
     try:
         known = HfApi().whoami()
     except HfHubHTTPError as error:
@@ -146,21 +137,21 @@ def _token() -> Finding:
     if role == "fineGrained":
         names = writable(access)
         text, role = f"{text}, writes to: {', '.join(names) or 'nothing'}", "write" if names else role
-    remedy = f"publishing needs one that may write: make it at {PUBLIC}/settings/tokens, then run `hf auth login`"
+    place = f"{constants.ENDPOINT}/settings/tokens"
+    remedy = f"publishing needs one that may write: make it at {place}, then run `hf auth login`"
     return Finding("token", text, "" if role == "write" else remedy)
 
 
 def disk(recipe: Recipe | None) -> Iterator[Finding]:
     """Room where runs, downloads and prepared sets go, and whether one may write there."""
     import datasets
-    from huggingface_hub import constants
 
     runs = launch.run_folder(recipe).parent if recipe else Path("runs")
     caches = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     for name, place in zip(("runs", "hub cache", "data cache"), (runs, *caches), strict=True):
         elsewhere = "write --output_dir on another disk" if name == "runs" else "set HF_HOME to another disk"
         there = place.expanduser().absolute()
-        there = next(folder for folder in (there, *there.parents) if folder.exists())
+        there = next(folder for folder in (there, *there.parents) if os.path.exists(folder))
         free = shutil.disk_usage(there).free
         if not (there.is_dir() and os.access(there, os.W_OK)):
             yield Finding(name, f"{place} cannot be written", elsewhere)

@@ -94,8 +94,9 @@ def write(
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        same, old = manifest.same_data(folder, facts), folder / "README.md"
-        text = card.render(facts, recipe.evaluation, data, folder.name, old=old, measured=same is not None)
+        same, readme = manifest.same_data(folder, facts), folder / "README.md"
+        old = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        text = card.render(facts, recipe.evaluation, folder.name, data=data, old=old, measured=same is not None)
         _write_text(part / "README.md", text)
         if same:
             _carry(folder, part, same, facts["fingerprint"])
@@ -153,7 +154,7 @@ class CondensedSet:
         Errors: InputError for a place without a finished set, for a format that this version does not know, for the
         revision of a folder, and where `full` asks for what the set has not.
         """
-        place = str(folder_or_id)
+        place = str(Path(folder_or_id).expanduser())
         if Path(place).is_dir():
             if revision:
                 raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")

@@ -54,16 +54,17 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
     observers are not published.
     """
     from . import card
+    from . import manifest as manifests
 
     texts = {path: _file(folder, path) for path in ("README.md", "manifest.json", "recipe.yaml")}
-    manifest = json.loads(texts["manifest.json"].content)
+    manifest = manifests.read(folder / "manifest.json", str(folder))
     data = {path: _file(folder, path) for path in manifest["files"]}
     wrong = [path for path, file in data.items() if file.sha256 != manifest["files"][path]["sha256"]]
     if texts["recipe.yaml"].sha256 != manifest["recipe_sha256"]:
         wrong.append("recipe.yaml")
     if wrong:
         raise InputError(f"{folder / wrong[0]}: not the file that manifest.json names; condense into another folder")
-    texts |= {path: _file(folder, path, text=True) for path in BESIDE if (folder / path).is_file()}
+    texts |= {path: _file(folder, path) for path in BESIDE if (folder / path).is_file()}
     if published:
         texts[OBSERVERS] = File.read(OBSERVERS, (json.dumps(published, indent=2) + "\n").encode())
     elif OBSERVERS in texts:
@@ -75,16 +76,16 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
         )
     old, recipe = (texts[path].content.decode() for path in ("README.md", "recipe.yaml"))
     evaluation = recipes.resolve(documents.read(recipe, "recipe.yaml")).evaluation
-    text = card.again(old, manifest, evaluation, id, published)
+    text = card.render(manifest, evaluation, id, old=old, published=published)
     texts["README.md"] = File.read("README.md", text.encode())
     return Version(id, "dataset", "manifest.json", {**data, **texts}, lambda own: card.kept(text, own))
 
 
-def _file(folder: Path, path: str, text: bool = False) -> File:
-    """A file of a folder; a text is read once, whatever becomes of it on the disk."""
+def _file(folder: Path, path: str) -> File:
+    """A file of a folder; what is no data is read once, whatever becomes of it on the disk."""
     place = folder / path
     try:
-        if text or path.endswith((".md", ".json", ".yaml")):
+        if not path.endswith((".parquet", ".safetensors")):
             return File.read(path, place.read_bytes())
         with open(place, "rb") as file:
             return File(path, place, place.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

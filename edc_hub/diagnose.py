@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import arguments, launch
+from . import arguments, launch, recipes
 from .errors import InputError
 from .section import Positive, Section
 
@@ -56,7 +56,7 @@ def command(argv: list[str]) -> None:
     run, options = arguments.of_run(argv, "diagnose", Options)
     from . import finished
 
-    recipe = finished.recipe_of(run)
+    recipe = recipes.of_run(run)
     recipe = recipe.model_copy(update=options.model_dump(include={"device", "threads"}, exclude_none=True))
     folder = Path(options.output_dir).expanduser() if options.output_dir else run
     with launch.lock(folder), launch.session(recipe, run.absolute().parent / "artifacts") as session:

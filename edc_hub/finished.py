@@ -7,22 +7,14 @@ from typing import Any
 
 import torch
 
-from . import comparison, initialize, launch, moments, observers, pictures, recipes, source
+from . import comparison, initialize, launch, moments, observers, pictures, source
 from .condensed import CondensedSet
-from .errors import InputError
 from .protocol import Student, student_name
 from .realset import RealSet
 from .recipe import Recipe
 from .targets import Moments
 from .trials import Bench, Trial
 from .work import Kept, Session
-
-
-def recipe_of(run: Path) -> Recipe:
-    """The resolved recipe of a run folder with a finished set. Raises InputError where there is none."""
-    if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
-        raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
-    return recipes.of_run(run)
 
 
 @dataclass

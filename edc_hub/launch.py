@@ -118,7 +118,7 @@ def images(recipe: Recipe, folder: Path, real: "RealSet | None" = None) -> "Real
     """
     from . import manifest, source
 
-    made, section = manifest.source(folder / "dataset"), recipe.source
+    made, section = manifest.there(folder / "dataset").get("source"), recipe.source
     if made is None or (real and real.fingerprint == made["fingerprint"]):
         return real or source.load(section)
     if made["commit"] and made["id"] == section.path:
@@ -153,7 +153,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
     `hub.push` says so; what the Hub would refuse is found before the job."""
     publishes = recipe.hub.push and is_first()
     if publishes:
-        from . import pushing
+        from . import publish, pushing
 
         pushing.before(recipe, folder / "dataset")
     with lock(folder), session(recipe, artifacts(recipe)) as running:
@@ -161,7 +161,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
         if running.state.is_main_process:
             print(dataset)
     if publishes:
-        pushing.after(recipe, dataset)
+        publish.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
@@ -203,11 +203,7 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
         device=state.device,
         dtype=getattr(torch, recipe.precision),
         checkpoint_seconds=recipe.checkpoint_seconds,
-        progress="none"
-        if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-        else "bars"
-        if sys.stderr.isatty()
-        else "lines",
+        progress=_progress(),
     )
     # not after an error: others may be in a barrier, to be ended by the launcher
     state.destroy_process_group()

@@ -111,7 +111,7 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
     return {**known, "configs": configs, "files": files}
 
 
-def _there(folder: Path) -> dict[str, Any]:
+def there(folder: Path) -> dict[str, Any]:
     """The manifest in a dataset folder; empty where there is none, or one that a killed process left."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -120,20 +120,15 @@ def _there(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def source(folder: Path) -> dict[str, Any] | None:
-    """What a finished dataset folder says of the real set it was made from; None where nothing is finished."""
-    return _there(folder).get("source")
-
-
 def same_data(folder: Path, facts: dict[str, Any]) -> str | None:
     """The fingerprint of the set in a dataset folder, if its rows are the very ones of the manifest `facts`."""
-    found = _there(folder)
+    found = there(folder)
     return found["fingerprint"] if found.get("configs") == facts["configs"] else None
 
 
 def is_of(folder: Path, fingerprint: str) -> bool:
     """Whether a folder is the whole dataset folder with this fingerprint."""
-    found = _there(folder)
+    found = there(folder)
     try:
         sizes = {path: (folder / path).stat().st_size for path in found["files"]}
     except (OSError, KeyError, TypeError):

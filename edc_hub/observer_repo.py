@@ -3,7 +3,6 @@
 import json
 import shutil
 import tempfile
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ model = AutoModelForImageClassification.from_pretrained("{repo}").eval()"""
 
 
 def write(run: Path, folder: Path, repo: str, *, dataset: str | None = None) -> dict[str, Path]:
-    """Writes `folder/<observer>` for each observer of the run's set; returns the folders by the ids they are for.
+    """Writes a new `folder/<observer>` for each observer of the run's set; returns the folders by their ids.
 
     The id of an observer is `<repo>-<observer>`. `model.safetensors` are the weights after the last epoch, the other
     snapshots are `snapshots/epoch-<n>.safetensors`. Equal runs give equal files.
@@ -48,13 +47,14 @@ def write(run: Path, folder: Path, repo: str, *, dataset: str | None = None) -> 
     recipe = recipes.resolve(documents.load(run / "recipe.yaml"))
     sections = {net.name: net for net in recipe.observers.networks}
     written = {}
-    for name, entries in groupby(manifest["observers"], key=lambda entry: entry["name"].partition("@")[0]):
-        used, place, own = list(entries), folder / name, f"{repo}-{name}"
-        shutil.rmtree(place, ignore_errors=True)
+    snapshots: dict[str, list[dict[str, Any]]] = {}
+    for entry in manifest["observers"]:
+        snapshots.setdefault(entry["name"].partition("@")[0], []).append(entry)
+    for name, used in snapshots.items():
+        place, own = folder / name, f"{repo}-{name}"
         facts, states = _found(run, name, used)
         _write_one(place, own, recipe, sections[name], facts, states, manifest, dataset)
-        published = run / "dataset" / "recipe.yaml"
-        shutil.copyfile(published, place / "recipe.yaml")
+        shutil.copyfile(run / "dataset" / "recipe.yaml", place / "recipe.yaml")
         written[own] = place
     return written
 
@@ -103,7 +103,8 @@ def _write_one(
     shown |= {"classes": manifest["classes"], "snapshots": snapshots, "data": {"id": source["id"]}}
     shown["data"] |= {key: source[key] for key in ("name", "split", "commit", "fingerprint")}
     shown["train"] = section.train.model_dump() if section.train else None
-    _write_json(place / FACTS, {"format_version": "1.0", **shown})
+    text = json.dumps({"format_version": "1.0", **shown}, indent=2, ensure_ascii=False) + "\n"
+    (place / FACTS).write_text(text, encoding="utf-8")
     library = _configure(place, recipe, section, manifest["classes"])
     code = {"timm": _TIMM, "transformers": _TRANSFORMERS}.get(library, "").format(repo=repo)
     data = ModelCardData(
@@ -170,7 +171,3 @@ def _entry(section: Section, facts: dict[str, Any], repo: str) -> str:
     entry |= {"input_size": facts["input_size"], "mean": facts["mean"], "std": facts["std"], "weights": repo}
     entry = {key: value for key, value in entry.items() if value not in (None, {})}
     return documents.write({"observers": {"networks": [entry]}}).strip()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`hub.push` of a recipe: what `condense` and `relabel` do about it before they start and once they are done."""
+"""`hub.push` of a recipe: what `condense` and `relabel` do about it before they start, and what a dry run shows."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from .weights import OURS
 def before(recipe: Recipe, folder: Path) -> None:
     """Raises InputError, before hours of work, for what the Hub would refuse of the set to be made in `folder`."""
     section = recipe.hub
-    for name in _repositories(recipe):
+    for name in filter(None, (section.id, section.observers)):
         hub.may_write(name, publish.say)
     finished = (folder / "manifest.json").is_file()  # the tag may hold this very set
     _newest(section.id, tag=None if finished else section.tag, private=section.private)
@@ -19,14 +19,8 @@ def before(recipe: Recipe, folder: Path) -> None:
         hub.newest(id, type="model", mark=OURS, tag=None, private=section.private)
 
 
-def after(recipe: Recipe, folder: Path) -> None:
-    """Publishes the set that a recipe with `hub.push` made."""
-    section = recipe.hub
-    publish.push(folder, section.id, tag=section.tag, private=section.private, observers=section.observers)
-
-
 def planned(recipe: Recipe, sizes: dict[str, float]) -> str:
-    """What `after` would do with a set that is not made yet.
+    """What publishing would do with a set that is not made yet.
 
     Args: sizes: projected bytes of each configuration. Errors: as those of `before`, but for the token.
     """
@@ -40,10 +34,6 @@ def planned(recipe: Recipe, sizes: dict[str, float]) -> str:
     lines.append(f"commit    dataset {section.id}, {sum(sizes.values()) / 1e6:,.1f} MB")
     default = f"what follows {newest}: schema, data, card or results" if newest else "v1.0.0"
     return "\n".join([*lines, f"tag       {section.tag or default}"])
-
-
-def _repositories(recipe: Recipe) -> list[str]:
-    return [name for name in (recipe.hub.id, recipe.hub.observers) if name]
 
 
 def _newest(id: str, *, tag: str | None, private: bool) -> str | None:

@@ -139,7 +139,12 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
 
 
 def of_run(run: Path) -> Recipe:
-    """The recipe of a finished run, with the commit of the real set that it had, whatever came to it since."""
+    """The recipe of a finished run, with the commit of the real set that it had, whatever came to it since.
+
+    Raises InputError where there is none.
+    """
+    if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
+        raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
     recipe, made = resolve(load(run / "recipe.yaml")), json.loads((run / "dataset/manifest.json").read_text("utf-8"))
     revision = made["source"]["commit"] or recipe.source.revision
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})

@@ -6,7 +6,6 @@ Source and observers are those of the recipe, found again where a run of `conden
 is synthesised. So any published set can be put under one protocol.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     with clock("source"):
         foreign, recipe, real = read(parsed)
         launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
-        _refuse_other_images(folder / "dataset" / "manifest.json", foreign)
+        _refuse_other_images(folder / "dataset", foreign)
         real.preload()
     launch.begin(recipe, folder, session)
     with clock("observers"):
@@ -121,17 +120,17 @@ def _at(real: "RealSet", recipe: Recipe, size: int) -> "RealSet":
     return real if real.size == size else source.load(recipe.source.model_copy(update={"size": size}))
 
 
-def _refuse_other_images(manifest: Path, foreign: "Foreign") -> None:
+def _refuse_other_images(folder: Path, foreign: "Foreign") -> None:
     """A finished set is never overwritten by one of other images."""
-    if not manifest.is_file():
+    from . import manifest
+
+    if not (found := manifest.there(folder)):
         return
-    there = json.loads(manifest.read_text(encoding="utf-8")).get("origin", {})
+    there = found.get("origin", {})
     if any(there.get(key) != foreign.facts[key] for key in ("id", "commit", "split", "fingerprint")):
         other = there.get("id", "images that were made here")
         changed = ", which has changed since" if other == foreign.facts["id"] else ""
-        raise InputError(
-            f"output_dir: {manifest.parent} is finished and of {other}{changed}; give this run another output_dir"
-        )
+        raise InputError(f"output_dir: {folder} is finished and of {other}{changed}; give this run another output_dir")
 
 
 def _say_agreement(dataset: Path, session: "Session") -> None:

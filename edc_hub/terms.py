@@ -8,13 +8,11 @@ import yaml
 from huggingface_hub import _CACHED_NO_EXIST, DatasetCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from . import documents, hub_errors
+from . import documents, hub_errors, recipes
 from .errors import InputError, first_line
 
 
-_HERE = Path(__file__).parent
-# in a wheel the templates lie in the package, in a checkout beside it
-CARDS = (_HERE / "_shipped" if (_HERE / "_shipped").is_dir() else _HERE.parent) / "cards"
+CARDS = recipes.ROOT.parent / "cards"
 
 UNKNOWN = {"license": "unknown", "license_name": None, "license_link": None, "link": None, "citation": None}
 

@@ -87,7 +87,7 @@ def test_the_example_has_loss_and_optimiser_of_the_protocol(dataset, monkeypatch
 )
 def test_a_card_says_whom_to_cite_for_the_method(dataset, method, keys, words):
     manifest = json.loads((dataset / "manifest.json").read_text()) | {"method": method}
-    text = card.again((dataset / "README.md").read_text(), manifest, Evaluation(), "org/toy")
+    text = card.render(manifest, Evaluation(), "org/toy", old=(dataset / "README.md").read_text())
     cited = text.partition("## Citation")[2]
     assert re.findall(r"^@\w+\{(\w+),", cited, re.MULTILINE) == keys and words in cited
 
@@ -95,7 +95,7 @@ def test_a_card_says_whom_to_cite_for_the_method(dataset, method, keys, words):
 def test_a_relabelled_set_says_by_which_flags_its_images_were_read(dataset):
     manifest = json.loads((dataset / "manifest.json").read_text())
     manifest["origin"] = {"id": "org/theirs", "commit": "c" * 40, "flags": "--split validation --ipc 1"}
-    text = card.again((dataset / "README.md").read_text(), manifest, Evaluation(), "org/toy")
+    text = card.render(manifest, Evaluation(), "org/toy", old=(dataset / "README.md").read_text())
     assert f"relabel recipe.yaml --images org/theirs --revision {'c' * 40} --split validation --ipc 1" in text
     assert "org/theirs, whose images these are, as its authors ask" in text
 
@@ -130,7 +130,8 @@ def test_the_command_of_the_card_makes_the_same_recipe(dataset, monkeypatch):
 
 def again(folder, repo, **options):
     """The card of a dataset folder, rendered anew."""
-    return card.again(*read(folder), repo, **options)
+    old, manifest, evaluation = read(folder)
+    return card.render(manifest, evaluation, repo, old=old, **options)
 
 
 def read(folder):
@@ -153,20 +154,20 @@ def test_what_was_measured_is_in_the_card_again(dataset, tmp_path):
     stamp = card.of_example(manifest, evaluation)
     for name in card.MEASURED:
         text = card.filled(text, name, f"{name}: 52.1 ± 0.4\n{stamp}")
-    made = card.again(text, manifest, evaluation, "org/toy")
+    made = card.render(manifest, evaluation, "org/toy", old=text)
     assert all(card.marked(made, name) == f"{name}: 52.1 ± 0.4\n{stamp}" for name in card.MEASURED)
     other = evaluation.model_copy(update={"epochs": evaluation.epochs + 1})  # then they are of other lines
-    made = card.again(text, manifest, other, "org/toy")
+    made = card.render(manifest, other, "org/toy", old=text)
     assert ["52.1" in card.marked(made, name) for name in card.MEASURED] == [True, False, False]
 
 
 def test_tags_and_license_of_an_older_card_of_ours_are_no_person_s(dataset):
     text, manifest, evaluation = read(dataset)
     manifest["source"] |= {"license": "other", "license_name": "mine", "license_link": "https://a.b"}
-    old = card.again(text, {**manifest, "ipc": 50, "method": "random"}, evaluation, "org/toy")
+    old = card.render({**manifest, "ipc": 50, "method": "random"}, evaluation, "org/toy", old=text)
     old = old.replace("- soft-labels\n", "- soft-labels\n- mine\n")
     manifest["source"] |= {"license": "mit", "license_name": None, "license_link": None}
-    data = DatasetCard(card.again(old, manifest, evaluation, "org/toy")).data.to_dict()
+    data = DatasetCard(card.render(manifest, evaluation, "org/toy", old=old)).data.to_dict()
     assert data["license"] == "mit" and not {"license_name", "license_link"} & set(data)
     assert {"mine", "ipc-2"} <= set(data["tags"]) and not {"ipc-50", "random"} & set(data["tags"])
 
@@ -174,10 +175,10 @@ def test_tags_and_license_of_an_older_card_of_ours_are_no_person_s(dataset):
 def test_the_card_pins_the_source_and_names_published_observers(dataset):
     text, manifest, evaluation = read(dataset)
     manifest["source"]["commit"] = None
-    assert "--source.revision" not in card.again(text, manifest, evaluation, "org/toy")
+    assert "--source.revision" not in card.render(manifest, evaluation, "org/toy", old=text)
     manifest["source"]["commit"] = "c" * 40
     found = {"a@3": {"weights": "org/toy-a@v1.0.0", "arch": "convnet", "bytes": 4321}}
-    made = card.again(text, manifest, evaluation, "org/toy", found)
+    made = card.render(manifest, evaluation, "org/toy", old=text, published=found)
     assert f"edc-hub condense recipe.yaml --source.revision {'c' * 40} --output_dir" in made
     assert "| weights of a@3 | `org/toy-a@v1.0.0`, convnet, 4.32 kB |" in made
     assert "same `revision=`" in made

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers_evaluation import MACHINE, condensed
 from torch import nn
 
-from edc_hub import curvature, diagnose, diagnosis, documents, evaluate, finished, networks, students
+from edc_hub import curvature, diagnose, diagnosis, documents, evaluate, finished, networks, recipes, students
 from edc_hub.condensed import CondensedSet
 from edc_hub.feed import Stored
 from edc_hub.protocol import Evaluation
@@ -193,7 +193,7 @@ def read(folder):
 def of(run, session):
     """The run read back, with the artefacts beside it."""
     session.store.root = run.parent / "artifacts"
-    return finished.Finished(run, finished.recipe_of(run), session)
+    return finished.Finished(run, recipes.of_run(run), session)
 
 
 def test_all_measures_of_a_run_are_written_and_drawn(diagnosed, toy_run):

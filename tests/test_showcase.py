@@ -30,7 +30,7 @@ def test_figures_go_into_results_and_card_and_stay(dataset, tmp_path):
     assert len(written["prefixes"][1]["example_sha256"]) == 64
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     evaluation = recipes.resolve(recipes.load(folder / "recipe.yaml")).evaluation
-    text = card.again((folder / "README.md").read_text("utf-8"), manifest, evaluation, "org/toy")
+    text = card.render(manifest, evaluation, "org/toy", old=(folder / "README.md").read_text("utf-8"))
     assert card.marked(text, "example").startswith("60.0 %, 1 student.\n<!-- of the example sha256:")
     assert "| 1 | 50.0 % |\n| 2 | 60.0 % |" in card.marked(text, "prefixes")
 
