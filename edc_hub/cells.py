@@ -18,7 +18,7 @@ from pydantic import Field
 
 from . import arguments, documents, keys, published, recipes
 from .errors import InputError
-from .protocol import Student, student_name
+from .protocol import Student, named_students
 from .published import Paper
 from .recipe import Recipe
 from .section import Count, Section
@@ -124,6 +124,8 @@ def _model(content: dict[str, Any]) -> Sweep:
     if not sweep.rows:
         raise InputError("rows: none given; write e.g. rows: {edc: {method: edc}, random: {method: random}}")
     published.check(sweep.paper, sweep.rows, sweep.columns)
+    if sweep.only == []:
+        raise InputError(f"only: an empty list; write labels of rows, e.g. --only '{json.dumps([*sweep.rows][:1])}'")
     for row in sweep.only or []:
         if row not in sweep.rows:
             listed = [label for label in sweep.rows if "," in label][:1]
@@ -237,8 +239,7 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
                 real = open_source(recipe)
                 initialize.check(recipe, real)
                 labels.check(recipe, len(real.names))
-                students = [Student(arch=it) if isinstance(it, str) else it for it in recipe.evaluation.students]
-                named = [("evaluation.students", student_name(it), it) for it in students]
+                named = [("evaluation.students", name, it) for name, it in named_students(recipe.evaluation).items()]
                 named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
                 for key, name, net in named:
                     mark = (net.model_dump_json(), recipe.source.model_dump_json())

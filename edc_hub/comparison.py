@@ -236,7 +236,8 @@ def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     if section.labels == "stored" and codec != "dense":
         values.append(f"top {first.recipe['relabel']['top_k']} labels" if codec == "top_k" else f"{codec} labels")
     nets = _labelling(section, first)
-    if section.protocol in _ONE_TEACHER and section.labels != "hard" and nets != ["resnet18"]:
+    one = section.protocol in _ONE_TEACHER and section.labels != "hard"
+    if (one and nets != ["resnet18"]) or (not one and section.labels == "online" and section.teachers):
         values.append(f"labels of {len(nets)} networks" if len(nets) > 1 else f"labels of {nets[0]}")
     return f"{section.protocol} ({', '.join(values)})" if values else section.protocol
 

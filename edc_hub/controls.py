@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .work import Session
 
 
+_NO_REAL_ONES = "the images start from no real ones"
+
+
 def find(
     condensed: CondensedSet,
     kind: str,
@@ -36,7 +39,9 @@ def find(
     """
     if condensed.run is not None:
         places = pictures.control_folders(condensed.run, kind)
-        return [CondensedSet.load(place) for place in places], "the run wrote none (relabel.controls)"
+        foreign = kind == "initial" and condensed.manifest.get("origin")
+        reason = _NO_REAL_ONES if foreign else "the run wrote none (relabel.controls)"
+        return [CondensedSet.load(place) for place in places], reason
     reason = _why_not(condensed, kind, real, section)
     return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
 
@@ -53,7 +58,7 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], 
     if kind == "random":
         return None
     if made.get("origin") or (condensed.source_rows < 0).any():
-        return "the images start from no real ones"
+        return _NO_REAL_ONES
     if recipes.resolve(condensed.recipe).initialize.kind == "rded":
         return "the images start from crops, and only their rows are known"
     return None

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import encoding, synthesize, work
 from .initialize import Initial
 from .objective import Observed, Space
-from .recipe import Recipe, Synthesize, selected
+from .recipe import Recipe, Synthesize, selected, title
 from .taps import Taps
 from .targets import Moments
 from .work import Progress, Session
@@ -161,7 +161,7 @@ def along_synthesis(
         with twice_differentiable(observed):
             estimate = hutchinson(loss, z, samples, signs)
         seen = [step * section.together + index for index in range(section.together)]
-        names = [chosen[index % len(chosen)][0] for index in seen] if section.pick == "turn" else None
+        names = [title(*chosen[index % len(chosen)]) for index in seen] if section.pick == "turn" else None
         found.append({"step": step, "observers": names, **estimate._asdict()})
         bar.update()
 

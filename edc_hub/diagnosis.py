@@ -64,10 +64,10 @@ def fitting(sizes: list[int], condensed: CondensedSet) -> list[int]:
 def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[str, Any]:
     """Cosine of a batch's gradient to that of the whole set, by the batch's size, before and after `steps` steps.
 
-    The set are the stored views of one label epoch, one of each image, with the loss and labels of the student's
-    protocol; batches are drawn from them, BATCHES of each size. BatchNorm uses the statistics of what it is shown, as
-    in training: the batch's, and for the whole set those of at most WHOLE_PIXELS. Each of `sizes` (`fitting`) has mean
-    and sample std over its batches.
+    The set are the stored views of one label epoch, one of each image, with the loss of the student's protocol and
+    the stored labels, or the classes where it has `labels: hard`; batches are drawn from them, BATCHES of each size.
+    BatchNorm uses the statistics of what it is shown, as in training: the batch's, and for the whole set those of at
+    most WHOLE_PIXELS. Each of `sizes` (`fitting`) has mean and sample std over its batches.
     """
     section, session, condensed = bench.sections[student], bench.session, bench.sets[0]
     count, hard = len(condensed.labels), section.labels == "hard"

@@ -127,13 +127,13 @@ class Drawn:
         full: bool = False,
     ):
         """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are; full:
-        a last batch of fewer views is left out, as `teach` needs the statistics of whole ones."""
+        a last batch of fewer views is left out, as the set's teachers need the statistics of whole ones."""
         self._images, self._labels = images.to(device), labels.to(device)
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]
         self._grid, self.count = grid, len(images) // grid**2
-        self._kept = self.count // batch * batch if full and self.count > batch else self.count
-        self.steps = fixed or steps(self._kept, batch)
+        self._kept = _kept(self.count, batch, full)
+        self.steps = fixed or steps(self.count, batch, full=full)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, draws order and views."""
@@ -143,7 +143,8 @@ class Drawn:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
             order = _full(order[: self._kept], self._batch)
         for rows in order.split(views.at_once(self._size, self._batch, self._images.device)):
-            tables = [self._draw(ids, generator) for ids in rows.split(self._batch)]  # a batch is what is mixed
+            side = self._images.shape[-1]
+            tables = [_draw(self._view, ids, side, generator) for ids in rows.split(self._batch)]  # a batch is mixed
             joined = views.join(tables)
             whole = _batch(views.apply(self._images, joined, self._size), None, self._labels, joined)
             for table, made in zip(tables, _split(whole, self._batch), strict=True):
@@ -152,9 +153,6 @@ class Drawn:
     def clean(self, generator: torch.Generator) -> Iterator[Tensor]:
         """Batches of flipped crops of all images, not mixed nor augmented otherwise: float32 (B, 3, v, v)."""
         return _clean(self._images, self._view, self._batch, generator)
-
-    def _draw(self, ids: Tensor, generator: torch.Generator) -> ViewTable:
-        return _draw(self._view, ids, self._images.shape[-1], generator)
 
     def _stream(self, start: int, count: int) -> Tensor:
         """Images `start` to `start + count` of the endless stream."""
@@ -224,6 +222,10 @@ def _full(order: Tensor, batch: int) -> Tensor:
     return order[:-1] if len(order) > batch > 1 and len(order) % batch == 1 else order
 
 
-def steps(count: int, batch: int) -> int:
-    """Batches of one pass over `count` views."""
-    return -(-len(_full(torch.arange(count), batch)) // batch)
+def _kept(count: int, batch: int, full: bool) -> int:
+    return count // batch * batch if full and count > batch else count
+
+
+def steps(count: int, batch: int, *, full: bool = False) -> int:
+    """Batches of one pass over `count` views; full: without a last one of fewer."""
+    return -(-len(_full(torch.arange(_kept(count, batch, full)), batch)) // batch)

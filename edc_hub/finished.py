@@ -9,7 +9,7 @@ import torch
 
 from . import comparison, initialize, launch, moments, observers, pictures, source
 from .condensed import CondensedSet
-from .protocol import Student, student_name
+from .protocol import named_students
 from .realset import RealSet
 from .recipe import Recipe
 from .targets import Moments
@@ -74,10 +74,9 @@ class Finished:
         It is judged on the hold-out, or on the test split where the run kept none out. `student`: one of the set's
         protocol, or any architecture; the protocol's first when None. `epochs`: the protocol's when None.
         """
-        known = {student_name(entry): entry for entry in self.recipe.evaluation.students}
+        known = named_students(self.recipe.evaluation)
         name = student or next(iter(known))
-        entry = known.get(name, name)
-        evaluation: dict[str, Any] = {"students": [entry.model_dump() if isinstance(entry, Student) else entry]}
+        evaluation: dict[str, Any] = {"students": [known[name].model_dump() if name in known else name]}
         if epochs:
             evaluation["epochs"] = epochs
         split = "holdout" if self.recipe.source.holdout else "test"

@@ -68,7 +68,8 @@ def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session
         return tensors, {}
 
     def part(unit: Unit, _: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        about = session.store.load(shift_unit)
+        # another run may have made all observers' files meanwhile, and removed the rest: ours go the same way
+        about = session.store.load(shift_unit) if session.store.has(shift_unit) else shift()[0]
         for key in some:
             tapped(key)[1].shift = about[_text(key)].to(session.device)
         watching = {_text(key): tapped(key) for key in some}

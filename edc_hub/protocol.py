@@ -6,7 +6,7 @@ it stand above its values. Nothing here imports torch.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from .errors import InputError
 from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings, refuse_twins
@@ -79,20 +79,25 @@ def student_name(student: str | Student) -> str:
     return student if isinstance(student, str) else student.name or student.arch
 
 
-def of_student(section: Evaluation, name: str, arch: str | None = None) -> Evaluation:
+def named_students(section: Evaluation) -> dict[str, Student]:
+    """The students by what tables call them."""
+    given = (Student(arch=entry) if isinstance(entry, str) else entry for entry in section.students)
+    return {student_name(student): student for student in given}
+
+
+def of_student(section: Evaluation, name: str, arch: str) -> Evaluation:
     """The protocol of one student: `per_student` over the rest, by its name or else by its architecture.
 
     Raises InputError for what is no key there.
     """
+    from . import keys, recipes  # which know of this one
+
     own = section.per_student.get(name, section.per_student.get(arch, {}))
     fixed = {"protocol", "students", "labels", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")
+    below = section.model_dump() | {"per_student": {}}
     try:
-        return Evaluation.model_validate({**section.model_dump(), **own, "per_student": {}})
-    except ValidationError as error:
-        entry = error.errors()[0]
-        place = ".".join(map(str, entry["loc"]))
-        raise InputError(
-            f"evaluation.per_student.{name}: {place}: {entry['msg'].lower()}; write a key of evaluation, see --help"
-        ) from error
+        return keys.validated(Evaluation, recipes.layered([below, own], Evaluation))
+    except InputError as error:
+        raise InputError(f"evaluation.per_student.{name}: {error}") from error

@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from . import arguments, documents, keys
 from .documents import load
 from .errors import InputError
@@ -130,10 +128,7 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         below = layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
         let_through(below, above.get("evaluation") or {})
         layers = [{"evaluation": below}, above]
-    try:
-        recipe = Recipe.model_validate(layered(layers, Recipe))
-    except ValidationError as error:
-        raise InputError(keys.complaint(error)) from error
+    recipe = keys.validated(Recipe, layered(layers, Recipe))
     validate(recipe)
     return recipe
 

@@ -82,7 +82,7 @@ def _is_own(asked: Comparison, first: "CondensedSet") -> bool:
     from . import recipes
 
     sections = asked.evaluation, recipes.resolve(first.recipe).evaluation
-    ours, theirs = (section.model_dump(exclude={"students", "teachers", "precision"}) for section in sections)
+    ours, theirs = (section.model_dump(exclude={"students", "precision"}) for section in sections)
     return ours == theirs
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from .errors import InputError
 from .methods import FUNCTIONS
-from .protocol import Evaluation, of_student, student_name
+from .protocol import Evaluation, named_students, of_student, student_name
 from .recipe import Recipe, selected, snapshots, title
 from .versions import NUMBERED
 
@@ -34,7 +34,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
     for name in names:
         if names.count(name) > 1:
             yield f"evaluation.students: '{name}' is given twice; give each its own name"
-        each = of_student(section, name)
+    for name, student in named_students(section).items():
+        each = of_student(section, name, student.arch)
         if (each.labels == "hard") != (each.loss == "ce"):
             other = "loss: ce, or labels: stored" if each.labels == "hard" else "labels: hard, or a soft loss"
             yield f"evaluation.loss: {each.loss} does not go with labels: {each.labels}; write {other}"
@@ -227,12 +228,11 @@ def _stored(recipe: Recipe) -> Iterator[str]:
             yield "relabel.budget: codec observers stores no views; write null, or another codec"
         if section.full:
             yield "relabel.full: codec observers stores no views; write false, or codec: dense with a budget"
-        for name in map(student_name, evaluation.students):
-            if of_student(evaluation, name).labels == "stored":
-                yield (
-                    f"relabel.codec: observers stores no views, and evaluation.labels is stored for {name}; "
-                    "write --evaluation.labels online"
-                )
+        if evaluation.labels == "stored":
+            yield (
+                "relabel.codec: observers stores no views, and evaluation.labels is stored; "
+                "write --evaluation.labels online"
+            )
     elif section.full and section.codec == "dense" and section.budget is None:
         yield "relabel.full: true, but soft_labels has all label epochs as it is; write a budget or another codec"
 

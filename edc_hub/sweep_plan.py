@@ -1,12 +1,11 @@
-"""What a sweep would do: its cells, and how many different pieces of work they are. Nothing here imports torch."""
+"""What a sweep would do: its cells, their runs and students. Nothing here imports torch."""
 
 import json
 from pathlib import Path
 
-from . import cells, methods
+from . import cells
 from .cells import Cell, Parsed
-from .protocol import of_student, student_name
-from .recipe import Recipe
+from .protocol import named_students, of_student
 
 
 def show(parsed: Parsed) -> str:
@@ -20,13 +19,10 @@ def show(parsed: Parsed) -> str:
         lines.append(f"{cell.place}: {', '.join(changed) or 'as the recipe'}")
         lines += [f"    {Path(run.output_dir).name}" for run in cell.runs]
     trained = {text for cell in parsed.cells for text in _students(cell)}
-    names = dict.fromkeys(student_name(each) for cell in parsed.cells for each in cell.recipe.evaluation.students)
+    names = dict.fromkeys(name for cell in parsed.cells for name in named_students(cell.recipe.evaluation))
     counts = {
         "cells": len(parsed.cells),
         "condense runs, different": len(runs),
-        "observers": len({text for run in runs.values() for text in _shared(run, "observers")}),
-        "sets of initial images": len({text for run in runs.values() for text in _shared(run, "initialize")}),
-        "sets of images": len({text for run in runs.values() for text in _shared(run, "synthesize")}),
         "students, controls not counted": len(trained) * len(sweep.seeds),
     }
     width = max(map(len, counts))
@@ -37,21 +33,8 @@ def show(parsed: Parsed) -> str:
 def _students(cell: Cell) -> list[str]:
     """Texts that are equal where two cells have a student of a set in common."""
     sets, section, shared = [run.output_dir for run in cell.runs], cell.recipe.evaluation, {"protocol", "students"}
-    own = {student_name(each): each if isinstance(each, str) else each.model_dump() for each in section.students}
-    how = {name: of_student(section, name).model_dump(exclude=shared) for name in own}
-    return [json.dumps([place, name, own[name], how[name]]) for place in sets for name in own]
-
-
-def _shared(run: Recipe, stage: str) -> list[str]:
-    """Texts that are equal where two runs have the work of a stage in common."""
-    content = run.model_dump()
-    source = content["source"]
-    if stage == "observers":
-        seed = content["observers"]["seed"]
-        return [json.dumps([source, seed, net]) for net in content["observers"]["networks"]]
-    decide = [content[name] for name in ("observers", "initialize", "ipc", "seed")]
-    if stage == "synthesize" and methods.find(run.method):
-        decide += [content]
-    elif stage == "synthesize" and run.synthesize.iterations:
-        decide += [content["moments"], content["synthesize"]]
-    return [json.dumps([source, decide])]
+    found = []
+    for name, student in named_students(section).items():
+        how = of_student(section, name, student.arch).model_dump(exclude=shared)
+        found += [json.dumps([place, name, student.model_dump(), how]) for place in sets]
+    return found

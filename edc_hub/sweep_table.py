@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from . import published
 from .cells import Cell, Parsed
-from .protocol import student_name
+from .protocol import named_students
 from .published import Reported
 
 
@@ -39,7 +39,7 @@ def lines(parsed: Parsed, failed: dict[str, Exception]) -> list[Line]:
     found = []
     for cell in parsed.cells:
         results = _results(cell)
-        for student in map(student_name, cell.recipe.evaluation.students):
+        for student in named_students(cell.recipe.evaluation):
             paper = published.reported(parsed.sweep.paper, cell.row, cell.column, student)
             where = (cell.row, cell.column, student)
             if results is None:

@@ -32,7 +32,7 @@ def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[O
         tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
         where = {"logging_dir": folder / "tracking"} if tracker_class.requires_logging_directory else {}
         try:
-            tracker = tracker_class(folder.parent.name or "edc_hub", **where)
+            tracker = tracker_class(_project(asked), **where)
             tracker.start()
             tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
             for epoch, values in sorted(_by_epoch(done, outcomes).items()):
@@ -44,6 +44,11 @@ def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[O
                 f"report_to: {kind} failed ({reason}); the results are written, and the same command again trains "
                 f"nothing: mend it, or remove {kind}"
             ) from error
+
+
+def _project(asked: "Comparison") -> str:
+    place = Path(asked.dataset[0]).expanduser().absolute()
+    return place.parent.name if place.name == "dataset" else place.name
 
 
 def _by_epoch(done: "list[Done]", outcomes: "list[Outcome]") -> dict[int, dict[str, float]]:

@@ -20,7 +20,7 @@ from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Drawn, Stored
 from .networks import Network
-from .protocol import Evaluation, Student, of_student, student_name
+from .protocol import Evaluation, named_students, of_student
 from .realset import RealSet
 from .recipe import Source
 from .section import ViewSettings
@@ -59,9 +59,7 @@ class Bench:
 
     def __post_init__(self) -> None:
         section = self.comparison.evaluation
-        self.students = {
-            student_name(entry): Student(arch=entry) if isinstance(entry, str) else entry for entry in section.students
-        }
+        self.students = named_students(section)
         self.sections = {name: of_student(section, name, given.arch) for name, given in self.students.items()}
         self.size: int = self.sets[0].manifest["images"]["size"]
         self.teachers = teachers.Teachers(self.sets[0], section, self._source(self.size), self.session)
@@ -258,6 +256,8 @@ class Bench:
     def _feed(self, trial: Trial, section: Evaluation, seed: int) -> Stored | Drawn:
         """What a trial learns from. Real images of equal bytes take as many steps as the set, all of full batches."""
         condensed, device = trial.images, self.session.device
+        own = self.sections[trial.student].labels  # of the set's row, whose steps the others have
+        full = own == "online" and self.teachers.of_batches
         if trial.row == "upper_bound" or trial.row.startswith("real"):
             count = len(condensed.labels)
             whole = trial.row == "upper_bound"
@@ -270,14 +270,14 @@ class Bench:
                 device,
                 seed=seed,
                 teach=None,
-                fixed=None if whole else feed.steps(count, section.batch),
+                fixed=None if whole else feed.steps(count, section.batch, full=full),
             )
-        if self.sections[trial.student].labels == "stored":
+        if own == "stored":
             hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
             return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix)
-        teach, full = None, False
+        teach = None
         if section.labels == "online":
-            teach, full = self.teachers.teach, self.teachers.of_batches
+            teach = self.teachers.teach
         elif section.labels == "mean":
             teach = teachers.of_images(condensed, self.session)
         view = self._shown(trial, section)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
@@ -283,18 +284,10 @@ def sweep(root: Path) -> None:
     """Removes the temporary files that dead processes of this host left below `root`."""
     host = socket.gethostname()
     for path in root.rglob(f".*.{host}.*.tmp"):
-        if not _alive(int(path.name.split(".")[-2])):
+        pid = int(path.name.split(".")[-2])
+        ours = path.name.removesuffix(f".{host}.{pid}.tmp").endswith((".safetensors", ".progress"))  # not rack.host's
+        if ours and not psutil.pid_exists(pid):
             path.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 @contextmanager

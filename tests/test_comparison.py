@@ -85,6 +85,9 @@ def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
         == "rded (view flip False, labels of 2 networks)"
     )
     assert protocol("--evaluation.protocol", "dc", "--students", "resnet18,convnet3") == "dc"
+    online = ("--evaluation.protocol", "edc", "--evaluation.labels", "online")
+    assert protocol(*online) == "edc (labels online, batch 4, epochs 2, ema decay 0.5)"
+    assert "labels of alexnet" in protocol(*online, "--evaluation.teachers", f"[{TWIN}]")
     for key, value in (("lr", 0.5), ("test_resize", 9), ("precision", "bfloat16"), ("momentum", 0.1)):
         assert protocol("--evaluation.protocol", "dc", f"--evaluation.{key}", value) == f"dc ({key} {value})"
 
@@ -103,6 +106,8 @@ def test_other_values_for_a_student_are_found_by_its_name_or_its_architecture():
     section = Evaluation(lr=1e-3, per_student={"swin_tiny": {"lr": 1e-4}, "mine": {"lr": 1e-2}})
     assert of_student(section, "swin_tiny", "swin_tiny").lr == of_student(section, "small", "swin_tiny").lr == 1e-4
     assert of_student(section, "mine", "swin_tiny").lr == 1e-2 and of_student(section, "other", "resnet18").lr == 1e-3
+    averaged = Evaluation(ema={"bn": "averaged"}, per_student={"narrow": {"ema": {"decay": 0.9}}})
+    assert of_student(averaged, "narrow", "convnet").ema.model_dump() == {"decay": 0.9, "bn": "averaged"}
 
 
 def test_the_printed_recipe_loads_back_to_the_same_comparison(ask, tmp_path):
@@ -187,7 +192,14 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
         ("--evaluation.augment own", "evaluation.augment: own, but stored labels are those of the set's own views"),
         ("--evaluation.batch 1", "evaluation.batch: 1, and BatchNorm has no statistics of one view"),
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),
-        ("--evaluation.per_student.narrow.lrr 1", "evaluation.per_student.narrow: lrr: "),
+        (
+            "--evaluation.per_student.narrow.lrr 1",
+            "evaluation.per_student.narrow: lrr: unknown key; did you mean 'lr'",
+        ),
+        (
+            '--students [{"name":"mine","arch":"resnet18"}] --evaluation.per_student.resnet18.loss ce',
+            "evaluation.loss: ce does not go with labels: stored",
+        ),
         (
             f"--evaluation.teachers [{TWIN},{TWIN}]",
             "teachers: two networks are called 't'; give each its own name",

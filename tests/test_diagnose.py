@@ -206,7 +206,7 @@ def test_all_measures_of_a_run_are_written_and_drawn(diagnosed, toy_run):
 def test_the_block_that_is_watched_is_the_one_of_the_set(diagnosed):
     hessian = read(diagnosed)["hessian"]
     assert hessian["difference"] == 0 and hessian["block"]["images"] == 6
-    assert [(step["step"], step["observers"]) for step in hessian["steps"]] == [(0, ["plain"]), (1, ["other"])]
+    assert [(step["step"], step["observers"]) for step in hessian["steps"]] == [(0, ["plain@3"]), (1, ["other@3"])]
     assert all(step["frobenius"] > 0 for step in hessian["steps"])
 
 
@@ -218,7 +218,7 @@ def test_a_block_of_canvases_with_all_observers_together_is_watched_too(toy_run,
     assert diagnose.main([str(run), *argv]) == 0
     found = read(tmp_path)
     assert found["hessian"]["difference"] == 0 and found["gradients"]["views"] == 6
-    assert [step["observers"] for step in found["hessian"]["steps"]] == [["plain", "other"]] * 2
+    assert [step["observers"] for step in found["hessian"]["steps"]] == [["plain@3", "other@3"]] * 2
     assert found["views"]["views"] == 6 * 4 and found["moments"]["draws"] == {"set": 1}
 
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, evaluate, feed, judged, launch, trials, work
+from edc_hub import comparison, evaluate, feed, judged, launch, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.recipe import Images
@@ -231,6 +232,14 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
         own = made._feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
         batches = list(lessons.epoch(0, torch.Generator().manual_seed(0)))
         assert lessons.steps == own.steps == len(batches) == 2 and {len(batch.x) for batch in batches} == {4}
+
+
+def test_every_row_takes_the_set_s_steps_where_teachers_need_whole_batches(toy_run, session, monkeypatch):
+    monkeypatch.setattr(teachers.Teachers, "of_batches", True)
+    beside = replace(session, store=work.Store(toy_run.parent / "artifacts"))  # the observers that label
+    made = bench(toy_run, beside, "--seeds", "0", "--evaluation.labels", "online")
+    steps = {trial.row: made._feed(trial, made._section(trial), seed=1).steps for trial in made.trials()}
+    assert {"set", "hard_mixed", "real_unmixed"} <= set(steps) and set(steps.values()) == {1}  # 6 images in fours
 
 
 def test_a_protocol_without_mixing_has_one_row_where_others_have_two(toy_run, tmp_path, capsys):

@@ -312,6 +312,23 @@ def test_a_killed_pass_ends_with_the_bytes_of_an_undisturbed_one(session, tmp_pa
     assert left == {"net@1", "more@1"}  # parts are gone once every observer's file is there
 
 
+def test_a_pass_that_another_run_overtakes_ends_with_its_files(session, monkeypatch):
+    nets, add_up = Nets(net=network()), moments.add_up
+    overtaken = False
+
+    def slow(*args):
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            moments.obtain(recipe(), Real(), nets, session)  # another run is through and has removed shift and parts
+        return add_up(*args)
+
+    monkeypatch.setattr(moments, "add_up", slow)
+    found = moments.obtain(recipe(), Real(), nets, session)
+    assert len(list(session.store.root.rglob("*.safetensors"))) == 1
+    assert session.store.has(found._units["net", 1])
+
+
 def test_a_pass_killed_between_two_observers_files_is_not_repeated(session, monkeypatch):
     names = ("net", "more")
     nets = Nets(net=network(), more=network("instance", seed=2))

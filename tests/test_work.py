@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_ke
     mine = work.temporary(tmp_path / "s" / "a.safetensors")
     mine.parent.mkdir()
     dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{child.pid}."))
-    foreign = mine.with_name(f".a.safetensors.another-host.{child.pid}.tmp")
+    foreign = mine.with_name(f".a.safetensors.rack.{socket.gethostname()}.{child.pid}.tmp")
     for path in (mine, dead, foreign):
         path.touch()
     work.sweep(tmp_path)
