@@ -22,16 +22,8 @@ _SAME = {"shufflenet_v2_x0_5": "shufflenet_v2"}
 def lookup(name: str, ipc: int, student: str) -> list[Figure]:
     """What papers report for a data set (by its recipe's name), an IPC and a student; empty where nothing is known."""
     found = _table().get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
-    return [
-        {
-            "method": it["method"],
-            "accuracy": _fraction(it["accuracy"]),
-            "std": _fraction(it["std"]) if "std" in it else None,
-            "as": it["as"],
-            "where": it["where"],
-        }
-        for it in found
-    ]
+    fractions = ({"accuracy": _fraction(it["accuracy"]), "std": _fraction(it.get("std"))} for it in found)
+    return [{**it, **these} for it, these in zip(found, fractions, strict=True)]
 
 
 @cache
@@ -39,8 +31,8 @@ def _table() -> dict[str, Any]:
     return documents.load(recipes.ROOT / "published.yaml")
 
 
-def _fraction(percent: float) -> float:
-    return round(percent / 100, 6)  # 0.326, not 0.32600000000000001
+def _fraction(percent: float | None) -> float | None:
+    return None if percent is None else round(percent / 100, 6)  # 0.326, not 0.32600000000000001
 
 
 class Paper(Section):

@@ -15,7 +15,7 @@ _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
 
 def validate(recipe: Recipe) -> None:
     """Raises InputError with the first combination of keys that cannot work. Looks at nothing but the recipe."""
-    for rules in (_options, _source, _areas, _observers, _initialize, _synthesize, _relabel, _images, _hub):
+    for rules in (_options, _source, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
     validate_protocol(recipe.evaluation)
@@ -44,9 +44,6 @@ def _protocol(section: Evaluation) -> Iterator[str]:
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
                 "write augment: set, or labels: online"
             )
-        low, high = each.view.crop_area
-        if low > high:
-            yield f"evaluation.view.crop_area: the smallest area comes first; write [{high:g}, {low:g}]"
         if each.batch == 1:
             yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
 
@@ -73,17 +70,6 @@ def _source(recipe: Recipe) -> Iterator[str]:
             f"moments.patch: {recipe.moments.patch} px is wider than the images (source.size {source.size}); "
             f"write at most {source.size}"
         )
-
-
-def _areas(recipe: Recipe) -> Iterator[str]:
-    for section in ("moments", "initialize", "synthesize", "relabel"):
-        low, high = getattr(recipe, section).crop_area
-        if low > high:
-            yield f"{section}.crop_area: the smallest area comes first; write [{high:g}, {low:g}]"
-    for net in recipe.observers.networks:
-        low, high = net.train.crop_area if net.train else (0, 1)
-        if low > high:
-            yield f"observers.train.crop_area: the smallest area comes first; write [{high:g}, {low:g}] for {net.name}"
 
 
 def _observers(recipe: Recipe) -> Iterator[str]:
