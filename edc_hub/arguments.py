@@ -55,17 +55,21 @@ def split(
     return named, overrides, given
 
 
-def of_run(argv: list[str], command: str, root: type[S]) -> tuple[Path, S]:
-    """The folder and the options of a command on a finished run. `--help` prints to stdout and exits with 0."""
+def of_run(argv: list[str], command: str, root: type[S], words: str = "RUN") -> tuple[Any, ...]:
+    """The folder, any further `words`, and the options of a command on a finished run.
+
+    `--help` prints to stdout and exits with 0.
+    """
     if "--help" in argv or "-h" in argv:
-        head = f"usage: edc-hub {command} RUN [--key value ...]\n\nRUN is the folder of a finished run.\n"
+        head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is the folder of a finished run.\n"
         print("\n".join([head, *keys.help_lines(root)]))
         raise SystemExit(0)
     named, given, _ = split(argv, root, {})
     options = keys.validated(root, given)
-    if len(named) != 1:
-        raise InputError(f"{command}: expected RUN, got {' '.join(named) or 'nothing'}; write edc-hub {command} RUN")
-    return Path(named[0]).expanduser(), options
+    if len(named) != len(words.split()):
+        asked, got = " and ".join(words.split()), " ".join(named) or "nothing"
+        raise InputError(f"{command}: expected {asked}, got {got}; write edc-hub {command} {words}")
+    return Path(named[0]).expanduser(), *named[1:], options
 
 
 def _value(text: str, path: str, kind: str) -> Any:

@@ -7,14 +7,13 @@ The same command again does nothing where the version is there, and goes on wher
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import constants
 from pydantic import Field
 
-from . import arguments, contents, hub, keys, launch
+from . import arguments, contents, hub, launch
 from .contents import OBSERVERS
 from .errors import InputError
 from .hub import Plan
@@ -22,17 +21,13 @@ from .section import Section
 from .versions import Version
 
 
-_FLAGS = {
-    "private": "where the repository is made, only its owner sees it",
-    "dry_run": "print the operations with their sizes and the tag, write nothing",
-}
-
-
 class Options(Section):
-    """What `edc-hub publish` takes beside the run and the name."""
+    """What `edc-hub publish` takes beside the run and the name; the token is HF_TOKEN's or that of `hf auth login`."""
 
     tag: str | None = Field(None, description="v1.0.0; by the rules when not given: schema, data, card or results")
     observers: str | None = Field(None, description="ORG/NAME: a model repository ORG/NAME-<observer> for each")
+    private: bool = Field(False, description="where the repository is made, only its owner sees it")
+    dry_run: bool = Field(False, description="print the operations with their sizes and the tag, write nothing")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,38 +37,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, then prints the plan or publishes."""
-    if "--help" in argv or "-h" in argv:
-        print(_usage())
-        return
-    named, given, flags = arguments.split(argv, Options, _FLAGS)
-    options = keys.validated(Options, given)
-    if len(named) != 2:
-        got = " ".join(named) or "nothing"
-        raise InputError(f"publish: expected RUN and ORG/NAME, got {got}; write edc-hub publish RUN ORG/NAME")
+    run, id, options = arguments.of_run(argv, "publish", Options, "RUN ORG/NAME")
     if not launch.is_first():  # under a launcher
         return
-    run, id = Path(named[0]).expanduser(), named[1]
-    folder = dataset_folder(run)
-    if flags["dry_run"]:
-        hub.check(id, options.tag)
-        with _prepared(folder, id, options.observers) as (models, dataset):
-            looks = [(model, hub.look(model, private=flags["private"])) for model in models]
-            version = dataset([todo.tag for _, todo in looks])
-            for each, todo in [*looks, (version, hub.look(version, options.tag, flags["private"]))]:
-                print(described(each, todo))
-        return
-    for version, done in push(folder, id, tag=options.tag, private=flags["private"], observers=options.observers):
-        print(_address(version, done))
-
-
-def _usage() -> str:
-    flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
-    head = (
-        "usage: edc-hub publish RUN ORG/NAME [--tag v1.0.0] [--private] [--dry_run] [--observers ORG/NAME]\n\n"
-        "RUN is the folder of a finished run, or a dataset folder. The token is HF_TOKEN's or that of `hf auth login`."
-        f"\n\n{flags}\n"
-    )
-    return "\n".join([head, *keys.help_lines(Options)])
+    for version, plan in push(dataset_folder(run), id, **options.model_dump()):
+        print(described(version, plan) if options.dry_run else _address(version, plan))
 
 
 def dataset_folder(run: Path) -> Path:
@@ -90,25 +58,41 @@ def dataset_folder(run: Path) -> Path:
 
 
 def push(
-    folder: Path, id: str, *, tag: str | None = None, private: bool = False, observers: str | None = None
+    folder: Path,
+    id: str,
+    *,
+    tag: str | None = None,
+    private: bool = False,
+    observers: str | None = None,
+    dry_run: bool = False,
 ) -> list[tuple[Version, Plan]]:
     """Publishes a dataset folder and, where `observers` names ORG/NAME, its run's observers before it.
 
-    Returns what was published, and as what, the set last. Errors: InputError in one line.
+    Returns what was published, or with `dry_run` would be, and as what, the set last. Errors: InputError in one line.
     """
     names = [id, *([observers] if observers else [])]
     for name in names:
         hub.check(name, tag)
-    for name in names:
+    for name in names if not dry_run else ():
         hub.may_write(name, say)  # before the files are read
-    with _prepared(folder, id, observers) as (models, dataset):
-        version, tags = None, [hub.look(model, private=private).tag for model in models]
-        if models:
-            version = dataset(tags)
-            hub.look(version, tag, private)  # a set that would be refused leaves no observers behind
+    with tempfile.TemporaryDirectory() as place:
+        models = contents.models(folder.resolve().parent, observers, id, Path(place)) if observers else []
+
+        def dataset(plans: list[tuple[Version, Plan]]) -> Version:
+            tags = [plan.tag for _, plan in plans]
+            return contents.dataset(
+                folder, id, contents.observers(folder, observers, models, tags) if models else None
+            )
+
+        looks = [(model, hub.look(model, private=private)) for model in models]
+        version = dataset(looks)
+        if models or dry_run:  # a set that would be refused leaves no observers behind
+            planned = hub.look(version, tag, private)
+        if dry_run:
+            return [*looks, (version, planned)]
         done = [(model, hub.publish(model, private=private, say=say)) for model in models]
-        if version is None or tags != [plan.tag for _, plan in done]:
-            version = dataset([plan.tag for _, plan in done])
+        if [plan.tag for _, plan in looks] != [plan.tag for _, plan in done]:
+            version = dataset(done)
         done.append((version, hub.publish(version, tag=tag, private=private, say=say)))
         if models:
             with suppress(OSError):  # where the folder may be written, the next version names them too
@@ -116,24 +100,6 @@ def push(
         if "Not measured yet." in (folder / "README.md").read_text(encoding="utf-8"):
             say(f"the card of {id} misses accuracies: edc-hub evaluate and showcase fill it in; then publish again")
         return done
-
-
-@contextmanager
-def _prepared(
-    folder: Path, id: str, observers: str | None
-) -> Iterator[tuple[list[Version], Callable[[list[str]], Version]]]:
-    """What is to be published of the observers, and what of the set, once their tags are known."""
-    if observers is None:
-        yield [], lambda tags: contents.dataset(folder, id)
-        return
-    hub.check(observers)
-    with tempfile.TemporaryDirectory() as place:
-        models = contents.models(folder.resolve().parent, observers, id, Path(place))
-
-        def dataset(tags: list[str]) -> Version:
-            return contents.dataset(folder, id, contents.observers(folder, observers, models, tags))
-
-        yield models, dataset
 
 
 def described(version: Version, todo: Plan) -> str:
