@@ -1,5 +1,7 @@
 """The terms of the synthesis loss, one function each (EDC section 3.2, Eq. 2, 5 and 7; G-VBSM's densification)."""
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,14 +53,20 @@ def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
     parts = difference.square().split([segment.length for segment in layout.segments], -1)
     squares = torch.stack([part.sum(-1) for part in parts], -1)
     positive = squares > 0
-    return torch.where(positive, squares, 1.0).sqrt() * positive
+    return squares.masked_fill(~positive, 1.0).sqrt() * positive
 
 
 def layer_losses(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor, layout: Layout) -> Tensor:
     """Un-squared distances of a layer's means and variances, of channels and tiles: (…, F) to (…, L). Eq. 2."""
     norms = segment_norms(torch.stack([mean - target_mean, var - target_var]), layout).sum(0)
-    layers = torch.tensor([segment.layer for segment in layout.segments], device=norms.device)
+    layers = _layers(layout, norms.device)
     return norms.new_zeros(*norms.shape[:-1], layout.layers).index_add(-1, layers, norms)
+
+
+@cache
+def _layers(layout: Layout, device: torch.device) -> Tensor:
+    """The layer of each segment, int64 (S,); once, as Python would wait for a GPU at every copy."""
+    return torch.tensor([segment.layer for segment in layout.segments], device=device)
 
 
 class Matcher:
@@ -72,8 +80,9 @@ class Matcher:
     def __init__(self, targets: Targets, section: Synthesize, labels: Tensor):
         layout, device = targets.layout, targets.global_mean.device
         self.targets, self.alpha, self.drop_rate = targets, section.alpha, section.drop_rate
-        self.weights = torch.ones(layout.layers)
-        self.weights[0] = section.first_layer
+        weights = torch.ones(layout.layers)
+        weights[0] = section.first_layer
+        self.weights = weights.to(device)
         self.conv = torch.zeros(layout.layers, dtype=torch.bool)
         self.conv[[segment.layer for segment in layout.segments if segment.kind != "bn"]] = True
         self.per_class = section.class_scope == "per_class"
@@ -104,8 +113,8 @@ class Matcher:
         weights = self.weights
         if self.drop_rate > 0:
             dropped = self.conv & (torch.rand(len(self.conv), generator=generator) < self.drop_rate)
-            weights = weights.masked_fill(dropped, 0.0)
-        return weights.to(losses.device) @ losses
+            weights = weights.masked_fill(dropped.to(weights.device), 0.0)
+        return weights @ losses
 
     def _statistics(
         self, name: str, first: Tensor, second: Tensor, weights: Tensor | None, keep: bool
@@ -122,7 +131,7 @@ class Matcher:
         shift = self.targets.global_mean
         (mean, var), target = group(*present, shift), group(*averaged, shift)
         losses = layer_losses(mean, var, *(statistic.detach() for statistic in target), self.targets.layout)[0]
-        return self.weights.to(losses.device) @ losses
+        return self.weights @ losses
 
     def state(self) -> dict[str, Tensor]:
         """What the rest of the block depends on."""
