@@ -14,6 +14,7 @@ from edc_hub import condense, launch, matrix, methods, recipes
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
+from edc_hub.recipe import selected
 
 
 PAPERS = ["imagenet1k", "tiny-imagenet", "cifar100", "cifar10"]
@@ -198,6 +199,16 @@ def test_values_of_a_recipe_for_a_method_stand_above_its_own_and_below_the_comma
     assert recipe(path, "cda").synthesize.eps == 0.1  # cda stands on sre2l
     assert (rate("sre2l", "--ipc", 1), rate("cda", "--ipc", 1)) == (0.9, 0.7)
     assert "per_method" not in yaml.safe_load(recipes.dump(recipe(path, "cda")))
+
+
+def test_ours_labels_a_single_image_of_each_class_by_two_ages_of_every_observer():
+    def ages(name, method, ipc):
+        found = recipe(name, method, "--ipc", ipc)
+        return [epoch for _, epoch in selected(found, found.relabel.observers)]
+
+    assert ages("light/cifar10", "edc-plus", 1) == [2] * 5 + [4] * 5
+    assert ages("light/cifar10", "edc-plus", 10) == ages("light/cifar10", "edc", 1) == [4] * 5
+    assert ages("cifar10", "edc-plus", 1) == [1, 10] * 8 and ages("cifar100", "edc-plus", 1) == [50] * 8
 
 
 @pytest.mark.parametrize(
