@@ -55,13 +55,15 @@ def split(
     return named, overrides, given
 
 
-def of_run(argv: list[str], command: str, root: type[S], words: str = "RUN") -> tuple[Any, ...]:
-    """The folder, any further `words`, and the options of a command on a finished run.
+def of_run(
+    argv: list[str], command: str, root: type[S], words: str = "RUN", run: str = "the folder of a finished run"
+) -> tuple[Any, ...]:
+    """The folder, any further `words`, and the options of a command on a finished run, which is called `run`.
 
     `--help` prints to stdout and exits with 0.
     """
     if "--help" in argv or "-h" in argv:
-        head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is the folder of a finished run.\n"
+        head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
         print("\n".join([head, *keys.help_lines(root)]))
         raise SystemExit(0)
     named, given, _ = split(argv, root, {})
@@ -78,7 +80,7 @@ def _value(text: str, path: str, kind: str) -> Any:
     if kind == "list of text" and not text.startswith("["):
         return text.split(",")
     if kind == "list of text or null" and text[:1] not in "[{\"'" and text != "null":
-        return text.split(",")  # *@4 is no alias of YAML's
+        return [part.strip() for part in text.removesuffix(",").split(",")]  # *@4 is no alias of YAML's
     if kind.startswith("list of") and text and text[0] not in "[{\"'" and text != "null":
         return read(f"[{text}]", f"--{path}")
     return read(text, f"--{path}")

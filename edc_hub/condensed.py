@@ -154,7 +154,7 @@ class CondensedSet:
         Errors: InputError for a place without a finished set, for a format that this version does not know, for the
         revision of a folder, and where `full` asks for what the set has not.
         """
-        place = str(Path(folder_or_id).expanduser())
+        place = os.path.expanduser(folder_or_id)
         if Path(place).is_dir():
             if revision:
                 raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")

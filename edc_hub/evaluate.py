@@ -62,14 +62,15 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
     found, done, outcomes = measure(parsed, folder, session)
     if session.state.is_main_process:
         record.write(found, done, folder)
+        print(report.table(found), flush=True)
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
-            places += [place for place in map(record.own_folder, parsed.sets) if place]
+            own = [place for place in map(record.own_folder, parsed.sets) if place]
+            places += [place for place in own if record.replaces(found, place, session)]
         for place in places[1:]:
             with work.turn(place.parent):
-                if record.replaces(found, place, session):
+                if record.replaces(found, place, session):  # still, after those who came first
                     record.write(found, done, place)
-        print(report.table(found), flush=True)
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")
         trackers.log(asked, folder, done, outcomes)
     session.wait()

@@ -5,6 +5,8 @@ over channels and positions. Kept are n_c, mean_c = avg m_i, within_c = avg v_i 
 what images are asked to have follows from these (targets.py).
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,11 +69,18 @@ def obtain(recipe: Recipe, real: RealSet, observers: Observers, session: Session
             tensors[_text(key)] = forward(network, taps, images, session)[0].mean(0)
         return tensors, {}
 
+    @cache
+    def about() -> dict[tuple[str, int], Tensor]:
+        """Of each observer, read once: a run that overtakes this one removes it when all files are there."""
+        try:
+            kept = session.store.load(shift_unit)
+        except FileNotFoundError:  # already; no tap has a shift yet
+            kept, _ = shift()
+        return {key: kept[_text(key)].to(session.device) for key in some}
+
     def part(unit: Unit, _: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        # another run may have made all observers' files meanwhile, and removed the rest: ours go the same way
-        about = session.store.load(shift_unit) if session.store.has(shift_unit) else shift()[0]
-        for key in some:
-            tapped(key)[1].shift = about[_text(key)].to(session.device)
+        for key, value in about().items():
+            tapped(key)[1].shift = value
         watching = {_text(key): tapped(key) for key in some}
         return add_up(parts[int(unit.name[5:])], real, recipe, watching, session, progress), {}
 

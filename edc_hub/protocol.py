@@ -92,12 +92,13 @@ def of_student(section: Evaluation, name: str, arch: str) -> Evaluation:
     """
     from . import keys, recipes  # which know of this one
 
+    key = f"evaluation.per_student.{name if name in section.per_student else arch}"
     own = section.per_student.get(name, section.per_student.get(arch, {}))
     fixed = {"protocol", "students", "labels", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
-        raise InputError(f"evaluation.per_student.{name}: {min(fixed)} is the same for all; remove it")
+        raise InputError(f"{key}: {min(fixed)} is the same for all; remove it")
     below = section.model_dump() | {"per_student": {}}
     try:
         return keys.validated(Evaluation, recipes.layered([below, own], Evaluation))
     except InputError as error:
-        raise InputError(f"evaluation.per_student.{name}: {error}") from error
+        raise InputError(f"{key}: {error}".replace("write e.g. --", f"write e.g. --{key}.")) from error

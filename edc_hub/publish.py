@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> None:
     """Parses, then prints the plan or publishes."""
-    run, id, options = arguments.of_run(argv, "publish", Options, "RUN ORG/NAME")
+    folder = "the folder of a finished run, or a dataset folder"
+    run, id, options = arguments.of_run(argv, "publish", Options, "RUN ORG/NAME", folder)
     if not launch.is_first():  # under a launcher
         return
     for version, plan in push(dataset_folder(run), id, **options.model_dump()):

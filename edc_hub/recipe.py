@@ -292,7 +292,7 @@ def title(name: str, epoch: int) -> str:
 def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
     """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last.
 
-    `*` stands for every name or, behind the @, for every snapshot: `*@4`, `resnet18@*`, `*@*`.
+    `*` stands for every name or, behind the @, for every snapshot: `*@4`, `resnet18@*`, `*@*`. Each counts once.
     """
     kept = {net.name: snapshots(net) or [0] for net in recipe.observers.networks}
     chosen = []
@@ -301,4 +301,4 @@ def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]
         for one in kept if name == "*" else [name]:
             epochs = kept[one] if epoch == "*" else [int(epoch)] if epoch else kept[one][-1:]
             chosen += [(one, number) for number in epochs]
-    return chosen
+    return list(dict.fromkeys(chosen))

@@ -182,6 +182,10 @@ def _of_ipc(block: dict[str, Any] | None, ipc: Any) -> list[dict[str, Any]]:
     """What a block sets for any IPC and, above it, for this one."""
     block = dict(block or {})
     special = block.pop("per_ipc", {})
+    if not isinstance(special, dict) or not all(
+        isinstance(number, int) and isinstance(part, dict) for number, part in special.items()
+    ):
+        raise InputError(f"per_ipc: expected numbers of images a class with keys and values, got {special!r}")
     return [block, special.get(ipc, {}) if isinstance(ipc, int) else {}]
 
 

@@ -81,9 +81,9 @@ def _is_own(asked: Comparison, first: "CondensedSet") -> bool:
     """Whether students are trained as the set's own recipe says, whichever they are."""
     from . import recipes
 
-    sections = asked.evaluation, recipes.resolve(first.recipe).evaluation
-    ours, theirs = (section.model_dump(exclude={"students", "precision"}) for section in sections)
-    return ours == theirs
+    own = asked.model_copy(update={"evaluation": recipes.resolve(first.recipe).evaluation})
+    ours, theirs = (_portable(each, first) for each in (asked, own))
+    return all(ours[key] == theirs[key] for key in ours if key not in ("students", "precision"))
 
 
 def _mean(values: list[int | None]) -> int | None:

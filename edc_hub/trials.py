@@ -192,6 +192,11 @@ class Bench:
                 "budget": self._budget(trial),
                 "encoding": recipes.resolve(trial.images.recipe).images.model_dump(exclude={"grid"}),
             }
+        own = self.sections[trial.student].labels
+        if trial.row.startswith("hard") and own != "stored":
+            about["drawn"] = True  # its views, where the set's row has its own
+        if trial.row.startswith(("hard", "real")) and self._whole_batches(trial):
+            about["whole_batches"] = True
         fingerprint = work.fingerprint(
             STAGE,
             VERSION,
@@ -253,11 +258,14 @@ class Bench:
         }
         return trained._asdict(), facts
 
+    def _whole_batches(self, trial: Trial) -> bool:
+        """Whether the set's own row, whose steps every row has, leaves a last batch of fewer views out."""
+        return self.sections[trial.student].labels == "online" and self.teachers.of_batches
+
     def _feed(self, trial: Trial, section: Evaluation, seed: int) -> Stored | Drawn:
         """What a trial learns from. Real images of equal bytes take as many steps as the set, all of full batches."""
         condensed, device = trial.images, self.session.device
-        own = self.sections[trial.student].labels  # of the set's row, whose steps the others have
-        full = own == "online" and self.teachers.of_batches
+        full = self._whole_batches(trial)
         if trial.row == "upper_bound" or trial.row.startswith("real"):
             count = len(condensed.labels)
             whole = trial.row == "upper_bound"
@@ -272,7 +280,7 @@ class Bench:
                 teach=None,
                 fixed=None if whole else feed.steps(count, section.batch, full=full),
             )
-        if own == "stored":
+        if self.sections[trial.student].labels == "stored":
             hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
             return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix)
         teach = None

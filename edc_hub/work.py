@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import std
 from tqdm.auto import tqdm
 
 from .errors import InputError, OtherFailed, OtherStopped
@@ -38,7 +39,7 @@ os.umask(_UMASK)
 MINUTE = 60.0  # seconds between two lines of progress in a log
 
 
-class Lines(tqdm):
+class Lines(std.tqdm):
     """Progress where no terminal draws a bar: a line a minute, and none of what is done sooner."""
 
     def __init__(self, *arguments: Any, **options: Any):
@@ -293,8 +294,13 @@ def sweep(root: Path) -> None:
 @contextmanager
 def turn(run: Path) -> Iterator[None]:
     """Waits for its turn to change the results and the card of a finished run: several commands measure one set."""
-    with disk_errors(run), FileLock(run / ".results.lock"):
+    held = FileLock(run / ".results.lock", mode=0o666 & ~_UMASK)
+    with disk_errors(run):
+        held.acquire()
+    try:
         yield
+    finally:
+        held.release()
 
 
 @contextmanager

@@ -181,6 +181,11 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
             "--evaluation.protocol edcc",
             "evaluation.protocol: no protocol 'edcc'; did you mean 'edc'? There are: cda, dc, edc",
         ),
+        ("--evaluation dc --students convnet3", "evaluation: expected keys and values"),
+        (
+            '--students [{"name":"mine","arch":"resnet18"}] --evaluation.per_student.resnet18.lr abc',
+            "resnet18: lr: expected a number, got 'abc'; write e.g. --evaluation.per_student.resnet18.lr ",
+        ),
         ("--evaluation.students []", "evaluation.students: an empty list; name one, e.g. [resnet18]"),
         ("--evaluation.students convnet3,convnet3", "evaluation.students: 'convnet3' is given twice"),
         ("--evaluation.students [{args:{}}]", "evaluation.students[0]"),

@@ -235,9 +235,13 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
 
 
 def test_every_row_takes_the_set_s_steps_where_teachers_need_whole_batches(toy_run, session, monkeypatch):
-    monkeypatch.setattr(teachers.Teachers, "of_batches", True)
     beside = replace(session, store=work.Store(toy_run.parent / "artifacts"))  # the observers that label
     made = bench(toy_run, beside, "--seeds", "0", "--evaluation.labels", "online")
+    before = {trial.row: made.unit(trial).fingerprint for trial in made.trials()}
+    monkeypatch.setattr(teachers.Teachers, "of_batches", True)
+    assert all(made.unit(trial).fingerprint != before[trial.row] for trial in made.trials())
+    stored = bench(toy_run, beside, "--seeds", "0")
+    assert not {stored.unit(trial).fingerprint for trial in stored.trials()} & set(before.values())
     steps = {trial.row: made._feed(trial, made._section(trial), seed=1).steps for trial in made.trials()}
     assert {"set", "hard_mixed", "real_unmixed"} <= set(steps) and set(steps.values()) == {1}  # 6 images in fours
 

@@ -217,6 +217,8 @@ def test_ours_labels_a_single_image_of_each_class_by_two_ages_of_every_observer(
         ("per_method: [sre2l]", "per_method: expected methods with keys and values, got ['sre2l']"),
         ("per_method: {sre21: {}}", "per_method: no method 'sre21'; did you mean 'sre2l'?"),
         ("per_method: {sre2l: {synthesise: {lr: 1.0}}}", "synthesise: unknown key"),
+        ("per_method: {sre2l: {per_ipc: null}}", "per_ipc: expected numbers of images a class with keys and values"),
+        ("per_method: {sre2l: {per_ipc: {'1': {}}}}", "per_ipc: expected numbers of images a class"),
     ],
 )
 def test_wrong_values_for_a_method_are_answered_in_one_line(tmp_path, text, line):

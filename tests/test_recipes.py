@@ -49,6 +49,7 @@ def file(tmp_path):
         (None, [("a", 4), ("b", 8), ("c", 0)]),
         (["*"], [("a", 4), ("b", 8), ("c", 0)]),
         (["b@*", "a@2"], [("b", 4), ("b", 8), ("a", 2)]),
+        (["b", "b@*"], [("b", 8), ("b", 4)]),
         (["*@*"], [("a", 2), ("a", 4), ("b", 4), ("b", 8), ("c", 0)]),
     ],
 )
@@ -63,7 +64,7 @@ def test_a_star_names_every_observer_or_every_snapshot(entries, chosen, file):
     assert "relabel.observers: *@4: c is loaded, not trained here; write c" in error(
         file(text), "--relabel.observers", ["*@4"]
     )
-    assert recipe(file(text), "--relabel.observers", "*,b@4").relabel.observers == ["*", "b@4"]
+    assert recipe(file(text), "--relabel.observers", "*, b@4,").relabel.observers == ["*", "b@4"]
     without = file(text.rsplit("    - ", 1)[0])
     assert selected(recipe(without), ["*@4"]) == [("a", 4), ("b", 4)]
 

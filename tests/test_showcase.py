@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,14 +36,17 @@ def test_figures_go_into_results_and_card_and_stay(dataset, tmp_path):
     assert "| 1 | 50.0 % |\n| 2 | 60.0 % |" in card.marked(text, "prefixes")
 
 
-def test_a_command_that_measures_the_same_set_waits_for_its_turn_to_write(dataset, tmp_path):
+def test_a_command_that_measures_the_same_set_waits_for_its_turn_to_write(dataset, tmp_path, monkeypatch):
     folder = tmp_path / "dataset"
     shutil.copytree(dataset, folder)
     figures = [{"images_per_class": 1, "accuracy": [0.5]}, {"images_per_class": 2, "accuracy": [0.6]}]
+    turn, arrived = work.turn, threading.Event()
+    monkeypatch.setattr(work, "turn", lambda run: (arrived.set(), turn(run))[1])
     with ThreadPoolExecutor(1) as other:
-        with work.turn(tmp_path):
+        with turn(tmp_path):
             writing = other.submit(showcase.publish, folder, figures)
-            time.sleep(0.3)
+            assert arrived.wait(30)
+            time.sleep(0.2)
             assert not writing.done()
             results.write({"about": {"new": True}}, folder)
         writing.result(timeout=30)

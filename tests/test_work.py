@@ -121,12 +121,13 @@ def test_a_log_has_a_line_a_minute_of_what_takes_longer_and_nothing_of_the_rest(
     logged = replace(session, progress="lines")
     clock = [0.0]
     monkeypatch.setattr(work.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])  # by which tqdm decides when to display
     for seconds in (10, 25):  # four steps take 40 and 100 seconds
         with logged.bar(total=4, desc="resnet18", unit="step", leave=False) as bar:
             for _ in range(4):
                 clock[0] += seconds
+                bar.set_postfix(loss="0.5", refresh=False)
                 bar.update()
-                bar.set_postfix(loss="0.5")
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "\r" not in said
     assert said.startswith("resnet18:  75%") and "3/4" in said and "loss=0.5" in said
