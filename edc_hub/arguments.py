@@ -55,6 +55,13 @@ def split(
     return named, overrides, given
 
 
+def put_students(given: dict[str, Any], students: list[Any]) -> None:
+    """`--students`, short for `evaluation.students`, into the keys that are given."""
+    if not isinstance(given.setdefault("evaluation", {}), dict):
+        raise InputError("evaluation: expected keys and values; write e.g. --evaluation.epochs 300")
+    given["evaluation"]["students"] = students
+
+
 def of_run(
     argv: list[str], command: str, root: type[S], words: str = "RUN", run: str = "the folder of a finished run"
 ) -> tuple[Any, ...]:

@@ -48,9 +48,10 @@ def render(
     made = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
     if old is None:
         return made
+    stamp = of_example(manifest, evaluation)
     for name in MEASURED if measured else ():
         there = marked(old, name)
-        if there and (name == "results" or of_example(manifest, evaluation) in there):
+        if there and (name == "results" or stamp in there):
             made = filled(made, name, there)
     return kept(made, old)
 

@@ -108,9 +108,8 @@ def parse(argv: list[str] | None) -> Parsed:
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
     sweep = _model(documents.load(file) | chosen)
     if sweep.students is not None:
-        given.setdefault("evaluation", {})["students"] = [
-            each if isinstance(each, str) else each.model_dump() for each in sweep.students
-        ]
+        students = [each if isinstance(each, str) else each.model_dump() for each in sweep.students]
+        arguments.put_students(given, students)
     folder = Path(given.pop("output_dir", None) or f"runs/sweep-{file.stem}").expanduser()
     return Parsed(sweep, _cells(sweep, given, folder), folder, flags["dry_run"])
 

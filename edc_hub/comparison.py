@@ -80,9 +80,7 @@ def parse(argv: list[str] | None) -> Parsed:
         raise SystemExit(0)
     named, overrides, flags = arguments.split(argv, _Typed, _FLAGS)
     if (students := overrides.pop("students", None)) is not None:
-        if not isinstance(overrides.setdefault("evaluation", {}), dict):
-            raise InputError("evaluation: expected keys and values; write e.g. --evaluation.epochs 300")
-        overrides["evaluation"]["students"] = students
+        arguments.put_students(overrides, students)
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
     if named and Path(named[0]).expanduser().is_dir():

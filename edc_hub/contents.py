@@ -7,7 +7,7 @@ from typing import Any
 
 from . import documents, recipes
 from .errors import InputError
-from .versions import File, Version
+from .versions import DATA, File, Version
 
 
 OBSERVERS = "observers.json"
@@ -57,7 +57,7 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
     from . import manifest as manifests
 
     texts = {path: _file(folder, path) for path in ("README.md", "manifest.json", "recipe.yaml")}
-    manifest = manifests.read(folder / "manifest.json", str(folder))
+    manifest = manifests.parsed(texts["manifest.json"].content, folder / "manifest.json", str(folder))
     data = {path: _file(folder, path) for path in manifest["files"]}
     wrong = [path for path, file in data.items() if file.sha256 != manifest["files"][path]["sha256"]]
     if texts["recipe.yaml"].sha256 != manifest["recipe_sha256"]:
@@ -85,7 +85,7 @@ def _file(folder: Path, path: str) -> File:
     """A file of a folder; what is no data is read once, whatever becomes of it on the disk."""
     place = folder / path
     try:
-        if not path.endswith((".parquet", ".safetensors")):
+        if not DATA.fullmatch(path):
             return File.read(path, place.read_bytes())
         with open(place, "rb") as file:
             return File(path, place, place.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

@@ -83,8 +83,13 @@ def facts(
 
 def read(path: Path, place: str) -> dict[str, Any]:
     """The manifest of the set at `place`. Errors: InputError for another file, and for a format that is newer."""
+    return parsed(path.read_bytes(), path, place)
+
+
+def parsed(content: bytes, path: Path, place: str) -> dict[str, Any]:
+    """The same, of a file that is read already."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(content)
         written = str(found["format_version"])
         newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
     except (ValueError, KeyError, TypeError) as error:

@@ -92,8 +92,8 @@ def of_student(section: Evaluation, name: str, arch: str) -> Evaluation:
     """
     from . import keys, recipes  # which know of this one
 
-    key = f"evaluation.per_student.{name if name in section.per_student else arch}"
-    own = section.per_student.get(name, section.per_student.get(arch, {}))
+    called = name if name in section.per_student else arch
+    key, own = f"evaluation.per_student.{called}", section.per_student.get(called, {})
     fixed = {"protocol", "students", "labels", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"{key}: {min(fixed)} is the same for all; remove it")

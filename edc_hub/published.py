@@ -22,8 +22,7 @@ _SAME = {"shufflenet_v2_x0_5": "shufflenet_v2"}
 def lookup(name: str, ipc: int, student: str) -> list[Figure]:
     """What papers report for a data set (by its recipe's name), an IPC and a student; empty where nothing is known."""
     found = _table().get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
-    fractions = ({"accuracy": _fraction(it["accuracy"]), "std": _fraction(it.get("std"))} for it in found)
-    return [{**it, **these} for it, these in zip(found, fractions, strict=True)]
+    return [{**it, "accuracy": _fraction(it["accuracy"]), "std": _fraction(it.get("std"))} for it in found]
 
 
 @cache

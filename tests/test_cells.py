@@ -83,6 +83,7 @@ def test_a_finished_set_of_another_source_of_the_same_name_is_not_replaced(root,
             [],
             "row 'a', column 'c': both set evaluation.per_student; leave it to one of them",
         ),
+        ({}, ["--evaluation", "null", "--students", "convnet3"], "evaluation: expected keys and values; write e.g."),
         ({}, ["--only", "[]"], "only: an empty list; write labels of rows, e.g. --only '[\"two\"]'"),
         ({}, ["--only", "three"], "only: no row 'three'; there are: 'two', 'none'"),
         (

@@ -261,6 +261,9 @@ def test_a_folder_that_is_not_what_its_manifest_says_is_refused(hub, publish, da
     assert refused.status == 2 and file.name in refused.err and f"datasets/{name}" not in hub.repos
     file.unlink()
     assert publish(folder, name).status == 2
+    (folder / "manifest.json").write_text("{}")
+    refused = publish(folder, name)
+    assert refused.status == 2 and "not the manifest of a condensed set" in refused.err
     assert "no finished set" in publish(tmp_path.parent, name).err
 
 
