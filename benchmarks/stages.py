@@ -110,7 +110,7 @@ def synthesis_step(names: list[str], session: Session, flatness: str = "none") -
             if flatness == "logits":
                 average.lerp_(z.detach(), 1 - section.flatness.beta)
                 averaged = crop(space.to_x(average))
-            loss = one.loss(crop(space.to_x(z)), averaged, of_class, section, draws)
+            loss = one.loss(crop(space.to_x(z)), averaged, of_class, section)
             (z.grad,) = torch.autograd.grad(loss, z)
             adam.step()
             space.clamp(z)

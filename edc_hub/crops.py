@@ -1,6 +1,7 @@
 """What observers see of a block in one step: a crop, flip and roll that its images share, and how they are mixed."""
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +49,38 @@ class Crop:
         if self.flip:
             x = x.flip(-1)
         return x if self.roll is None else x.roll(self.roll, (-2, -1))
+
+    def places(self, side: int) -> Tensor:
+        """This view of images of `side` pixels as numbers alone, for `Placed`: float32 (2, size, side), on the CPU."""
+        left, top, right, bottom = self.box
+        rows, columns = (_interpolation(side, *ends, self.size) for ends in ((top, bottom), (left, right)))
+        if self.flip:
+            columns = columns[::-1]
+        down, across = self.roll or (0, 0)
+        return torch.from_numpy(np.stack([np.roll(rows, down, 0), np.roll(columns, across, 0)]))
+
+
+class Placed(NamedTuple):
+    """A `Crop` as two matrices, of rows and of columns: what changes from step to step are numbers, not shapes."""
+
+    places: Tensor
+    """float32 (2, size, s)."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, 3, s, s) to (B, 3, size, size), differentiable."""
+        rows, columns = self.places
+        return rows @ x @ columns.t()
+
+
+def _interpolation(side: int, start: int, end: int, size: int) -> np.ndarray:
+    """The matrix (size, side) that makes the stretch from `start` to `end` of a line `size` long, bilinearly."""
+    length, out = end - start, np.arange(size)
+    place = np.maximum((out + 0.5) * length / size - 0.5, 0)
+    low = place.astype(np.int64)
+    matrix, share = np.zeros((size, side), np.float32), place - low
+    matrix[out, start + low] = 1 - share
+    matrix[out, start + np.minimum(low + 1, length - 1)] += share
+    return matrix
 
 
 class Mix:

@@ -35,16 +35,19 @@ class Running:
     """
 
     def __init__(self, momentum: float):
-        self.momentum, self.average, self.weight = momentum, None, 0.0
+        self.momentum, self.average, self.weight = momentum, None, None
 
     def __call__(self, statistic: Tensor, keep: bool = True) -> Tensor:
         """The averaged statistic, of the shape given, the same at each call. `keep`: later calls remember this."""
         present = statistic.detach()
-        before = torch.zeros_like(present) if self.average is None else self.average
-        average = before.lerp(present, 1 - self.momentum)
+        if self.average is None:  # tensors that stay where they are, as a step that is replayed needs them
+            self.average = torch.zeros_like(present)
+            self.weight = torch.zeros((), dtype=torch.float64, device=present.device)
+        average = self.average.lerp(present, 1 - self.momentum)
         weight = self.momentum * self.weight + (1 - self.momentum)
         if keep:
-            self.average, self.weight = average, weight
+            self.average.copy_(average)
+            self.weight.copy_(weight)
         return statistic + (average / weight - present)
 
 
@@ -91,11 +94,17 @@ class Matcher:
         self.members = members / members.sum(1, keepdim=True)
         self.running = {"block": Running(section.ema), "classes": Running(section.ema)}
 
-    def __call__(self, first: Tensor, second: Tensor, generator: torch.Generator, keep: bool = True) -> Tensor:
+    def drop(self, generator: torch.Generator) -> Tensor | None:
+        """The layers that a step leaves out, bool (L,) on the CPU, each a convolution; None with `drop_rate: 0`."""
+        if self.drop_rate == 0:
+            return None
+        return self.conv & (torch.rand(len(self.conv), generator=generator) < self.drop_rate)
+
+    def __call__(self, first: Tensor, second: Tensor, dropped: Tensor | None = None, keep: bool = True) -> Tensor:
         """The sum over layers of w_l [alpha * global + (1 - alpha) * class], a scalar.
 
-        `first`, `second` (B, F) are the block's moments about `targets.global_mean`. `generator` is drawn from where
-        `drop_rate` is above 0. `keep`: the running averages remember these moments.
+        `first`, `second` (B, F) are the block's moments about `targets.global_mean`. `dropped` is what `drop` gave.
+        `keep`: the running averages remember these moments.
         """
         targets, alpha = self.targets, self.alpha
         forms: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]] = []
@@ -111,8 +120,7 @@ class Matcher:
             forms.append((mean, var, targets.class_mean, targets.class_var, share))
         losses = sum((share * layer_losses(*form, targets.layout)).sum(0) for *form, share in forms)
         weights = self.weights
-        if self.drop_rate > 0:
-            dropped = self.conv & (torch.rand(len(self.conv), generator=generator) < self.drop_rate)
+        if dropped is not None:
             weights = weights.masked_fill(dropped.to(weights.device), 0.0)
         return weights @ losses
 
@@ -138,16 +146,15 @@ class Matcher:
         tensors = {}
         for name, running in self.running.items():
             if running.average is not None:
-                tensors[name] = running.average
-                tensors[f"{name}.weight"] = torch.tensor(running.weight, dtype=torch.float64)
+                tensors |= {name: running.average, f"{name}.weight": running.weight}
         return tensors
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Takes back what `state` gave."""
         for name, running in self.running.items():
             if name in state:
-                running.average = state[name].to(self.shares.device)
-                running.weight = float(state[f"{name}.weight"])
+                parts = state[name], state[f"{name}.weight"]
+                running.average, running.weight = (part.to(self.shares.device, copy=True) for part in parts)
 
 
 def flatness(logits: Tensor, averaged: Tensor, section: Flatness) -> Tensor:

@@ -1,13 +1,13 @@
 """The loss of one step of synthesis: which observers see the block in which view, and what they say of it."""
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import canvas, matching
-from .crops import Crop, Mix
+from .crops import Crop, Mix, Placed
 from .errors import InputError, first_line
 from .levers import Flatness
 from .matching import Matcher
@@ -78,19 +78,19 @@ class Observed:
         averaged: Tensor | None,
         labels: Tensor,
         section: Synthesize,
-        generator: torch.Generator,
+        dropped: Tensor | None = None,
         *,
         mix: Mix | None = None,
         keep: bool = True,
     ) -> Tensor:
         """CE + r * sum of layer losses + flatness + densification: a scalar of the view `x` (B, 3, v, v) in [0, 1].
 
-        `averaged` is the same view of the averaged images, where flatness asks for it; `mix` says how both are mixed.
-        `keep`: the running statistics remember this view.
+        `averaged` is the same view of the averaged images, where flatness asks for it; `dropped` are the layers that
+        are left out, bool (L,); `mix` says how both views are mixed. `keep`: the running statistics remember this one.
         """
         logits, moments = self._forward(x)
         loss = F.cross_entropy(logits, labels) if mix is None else mix.cross_entropy(logits, labels)
-        loss = loss + section.weight * self.matcher(*moments, generator, keep)
+        loss = loss + section.weight * self.matcher(*moments, dropped, keep)
         if averaged is not None:
             loss = loss + section.flatness.weight * self._flatness(logits, moments, averaged, section.flatness)
         if section.densification.weight:
@@ -132,55 +132,65 @@ def _taps(network: Network, targets: Targets, side: int, recipe: Recipe) -> Taps
     return taps
 
 
-def pick(observed: list[Observed], section: Synthesize, step: int, generator: torch.Generator) -> list[Observed]:
+def pick(observed: list[Observed], section: Synthesize, step: int, generator: torch.Generator) -> tuple[int, ...]:
     """The `together` observers of a step: the next in turn, or distinct ones drawn evenly or by their accuracies."""
     count, among = section.together, len(observed)
     if section.pick == "turn":
-        return [observed[index % among] for index in range(step * count, (step + 1) * count)]
+        return tuple(index % among for index in range(step * count, (step + 1) * count))
     weights = [one.accuracy for one in observed] if section.pick == "accuracy" else [1.0] * among
     drawn = torch.multinomial(torch.tensor(weights, dtype=torch.float64), count, generator=generator)
-    return [observed[index] for index in drawn.tolist()]
+    return tuple(drawn.tolist())
 
 
-Loss = Callable[..., Tensor]
-"""loss(z, keep=False) of normalised images (B, 3, s, s), a scalar; `keep`: running statistics remember them."""
+class Drawn(NamedTuple):
+    """All that a step draws, once for all its losses."""
+
+    crop: Crop | Placed
+    mix: Mix
+    chosen: tuple[int, ...]
+    """The observers that see the step."""
+    dropped: tuple[Tensor | None, ...]
+    """The layers that each of them leaves out, bool (L,)."""
 
 
-def step_loss(
-    step: int,
-    average: Tensor,
-    labels: Tensor,
-    observed: list[Observed],
-    section: Synthesize,
-    space: Space,
-    generator: torch.Generator,
-    grid: int,
-) -> Loss:
-    """The loss of one step as a function of z. All that the step draws is drawn for it once: same z, same loss.
+class Objective:
+    """The loss of a block's steps, a function of its normalised images."""
 
-    `average` (B, 3, s, s) is X_EMA, with this step's images in it. It and z are canvases of grid x grid pictures, and
-    these are looked at; `labels` (B * grid^2,) are theirs.
-    """
-    crop = Crop(average.shape[-1], section, generator, step, len(observed))
-    chosen = pick(observed, section, step, generator)
-    mix = Mix(section, len(labels), crop.size, space.mean, generator)
+    def __init__(self, observed: list[Observed], labels: Tensor, recipe: Recipe, device: torch.device):
+        """Args: labels: int64 (B * grid^2,) on the device, of the pictures that B canvases decode to."""
+        self.observed, self.labels, self.section = observed, labels, recipe.synthesize
+        self.space, self.size, self.grid = Space(recipe.source, device), recipe.source.size, recipe.images.grid
 
-    def view(z: Tensor) -> Tensor:
-        return mix(crop(space.to_x(z)))
+    def draw(self, step: int, generator: torch.Generator) -> Drawn:
+        """What a step draws, in this order: its view, who sees it, how it is mixed, and what these leave out."""
+        section, among = self.section, len(self.observed)
+        crop = Crop(self.size, section, generator, step, among)
+        chosen = pick(self.observed, section, step, generator)
+        mix = Mix(section, len(self.labels), crop.size, self.space.mean, generator)
+        dropped = tuple(self.observed[index].matcher.drop(generator) for index in chosen)
+        return Drawn(crop, mix, chosen, dropped)
 
-    averaged = view(canvas.decode(average, grid)) if section.flatness.kind in AVERAGED else None
-    draws = generator.get_state()
+    def loss(self, drawn: Drawn, z: Tensor, average: Tensor, keep: bool = False) -> Tensor:
+        """The loss of a step at z (B, 3, s, s), a scalar: same draws and z, same loss.
 
-    def loss(z: Tensor, keep: bool = False) -> Tensor:
-        generator.set_state(draws)
-        x = view(canvas.decode(z, grid))
-        losses = [one.loss(x, averaged, labels, section, generator, mix=mix, keep=keep) for one in chosen]
+        `average` (B, 3, s, s) is X_EMA, with this step's images in it. It and z are canvases of grid x grid pictures,
+        and these are looked at. `keep`: running statistics remember them.
+        """
+        section, averaged = self.section, None
+        if section.flatness.kind in AVERAGED:
+            averaged = self._view(drawn, average)
+        x = self._view(drawn, z)
+        losses = [
+            self.observed[index].loss(x, averaged, self.labels, section, dropped, mix=drawn.mix, keep=keep)
+            for index, dropped in zip(drawn.chosen, drawn.dropped, strict=True)
+        ]
         total = sum(losses) / len(losses)
-        seen = space.normalise(x)
+        seen = self.space.normalise(x)
         if section.tv:
             total = total + section.tv * matching.total_variation(seen)
         if section.l2:
             total = total + section.l2 * matching.mean_norm(seen)
         return total
 
-    return loss
+    def _view(self, drawn: Drawn, z: Tensor) -> Tensor:
+        return drawn.mix(drawn.crop(self.space.to_x(canvas.decode(z, self.grid))))

@@ -16,10 +16,13 @@ from torch import Tensor
 PLAIN = 3  # calls before a recording, in which libraries and optimisers allocate what it must find there
 
 
+Output = Tensor | tuple[Tensor, ...]
+
+
 class _Recording(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor | None]
-    output: Tensor
+    output: Output
 
 
 class Recorded:
@@ -30,13 +33,23 @@ class Recorded:
     function's own: the same kernels run on the same numbers.
     """
 
-    def __init__(self, function: Callable[..., Tensor], device: torch.device, *, enabled: bool = True):
-        """Args: function: of tensors or None, returns one tensor. enabled: on a CUDA device; on others never."""
-        self._function, self.enabled = function, enabled and device.type == "cuda"
+    def __init__(
+        self,
+        function: Callable[..., Output],
+        device: torch.device,
+        *,
+        enabled: bool = True,
+        pool: tuple[int, int] | None = None,
+    ):
+        """Args: function: of tensors or None, returns a tensor or several. enabled: on a CUDA device; on others never.
+        pool: memory of recordings that never run at the same time, for all of them as much as the largest takes; who
+        shares it collects garbage before.
+        """
+        self._function, self.enabled, self._pool = function, enabled and device.type == "cuda", pool
         self._recordings: dict[tuple, _Recording] = {}
         self._plain: Counter[tuple] = Counter()
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *inputs: Tensor | None) -> Output:
         """What `function` returns for these inputs."""
         if not self.enabled:
             return self._function(*inputs)
@@ -53,9 +66,10 @@ class Recorded:
             if x is not None:
                 place.copy_(x)
         recording.graph.replay()
-        return recording.output.clone()
+        output = recording.output
+        return tuple(one.clone() for one in output) if isinstance(output, tuple) else output.clone()
 
-    def _watched(self, inputs: tuple[Tensor | None, ...]) -> Tensor:
+    def _watched(self, inputs: tuple[Tensor | None, ...]) -> Output:
         """A plain call that finds out whether Python waits for the device: a recording would break off there."""
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(record=True) as caught:
@@ -71,8 +85,15 @@ class Recorded:
     def _record(self, inputs: tuple[Tensor | None, ...]) -> _Recording:
         """Records the function, which does not run it."""
         kept = [x if x is None else x.clone() for x in inputs]
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()  # what it frees later would be freed inside the recording
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # another thread decodes images meanwhile
-            output = self._function(*kept)
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        if self._pool is None:
+            gc.collect()  # recordings of work that is over
+        gc.disable()  # what it frees would be freed inside the recording
+        try:
+            # another thread decodes images meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = self._function(*kept)
+        finally:
+            if collects:
+                gc.enable()
         return _Recording(graph, kept, output)

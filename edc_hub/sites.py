@@ -105,7 +105,7 @@ class Site:
             e = torch.sub(x, self.about, out=_room(x, scratch))
             if self.tile == "small":
                 torch.mm(e.flatten(2) @ self.tile_average, self.weights.t(), out=_cut(sums, part)[:, :, 0])
-                product = e.view(-1, len(self.root)) @ self.root
+                product = e.reshape(-1, len(self.root)) @ self.root
                 torch.sum(product.square_().view(len(x), -1), 1, out=_cut(squares, part)[:, 0, 0])
             elif self.tile in ("pooled", "enlarged"):
                 wide = (e if self.tile == "pooled" else self._enlarged(e)).flatten(2)
@@ -171,7 +171,7 @@ class Site:
             g, x = _cut(grad, part), _cut(h, part)
             a, b = (t if len(t) == 1 else _cut(t, part) for t in (slope, offset))
             if self.tile == "small":
-                scaled = torch.mul(x, a, out=_room(x, scratch)).view(-1, len(self.gram))
+                scaled = torch.mul(x, a, out=_room(x, scratch)).reshape(-1, len(self.gram))
                 g.add_((scaled @ self.gram).view(x.shape)).add_(b)
             else:
                 wide = torch.addcmul(b, self._enlarged(x.float()), a)
@@ -211,4 +211,4 @@ def _room(x: Tensor, scratch: Tensor) -> Tensor:
     """A float32 tensor of the shape of x: on a CPU always the same memory, which stays in the cache."""
     if x.device.type == "cpu":
         return scratch[: x.numel()].view(x.shape)
-    return torch.empty(x.shape, device=x.device)
+    return torch.empty_like(x, dtype=torch.float32)  # in the format of x

@@ -7,7 +7,7 @@ networks see `x = z * std + mean` in [0, 1].
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from . import local, work
 from .errors import InputError
 from .initialize import Initial
 from .networks import Network
-from .objective import AVERAGED, Loss, Observed, Space, step_loss
+from .objective import AVERAGED, Objective, Observed, Space
 from .observers import Observers
 from .recipe import Recipe, Synthesize, selected
+from .slope import Slope
 from .source import RealSet
 from .targets import Moments
 from .work import Progress, Session, Unit
@@ -52,7 +53,7 @@ def optimise(
     session: Session,
     generator: torch.Generator,
     progress: Progress,
-    watch: Callable[[int, Tensor, Loss], None] | None = None,
+    watch: Callable[[int, Tensor, Callable[[Tensor], Tensor]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Optimises one block.
 
@@ -71,28 +72,24 @@ def optimise(
     """
     section, space = recipe.synthesize, Space(recipe.source, session.device)
     flatness, residual = section.flatness, section.residual
-    labels = labels.to(session.device)
+    objective = Objective(observed, labels.to(session.device), recipe, session.device)
+    slope = Slope(objective, session, record=watch is None)
     initial = space.to_z(images)
     z, average = initial.clone().requires_grad_(), initial.clone()  # average is X_EMA
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
     losses = torch.zeros(section.iterations, device=session.device)  # read at the end: no synchronisation in the loop
     start = _restore(progress, z, average, adam, losses, observed, generator)
-    half = session.arithmetic == torch.float16
-    scale = 4096.0 if half else 1.0  # the statistics' part of a gradient is about 1e-7, where float16 ends
     bar = session.bar(range(start, section.iterations), desc="synthesize", unit="it", leave=False)
     for step in bar:
         done = step + 1
         adam.param_groups[0]["lr"] = section.lr * cosine(step, section.iterations)
         if flatness.kind in AVERAGED:
             average.lerp_(z.detach(), 1 - flatness.beta)
-        loss = step_loss(step, average, labels, observed, section, space, generator, recipe.images.grid)
+        drawn = objective.draw(step, generator)
         if watch is not None:
-            watch(step, z.detach(), loss)
+            watch(step, z.detach(), partial(objective.loss, drawn, average=average))
         try:
-            losses[step], z.grad = _slope(loss, z, scale, keep=flatness.kind != "sam")
-            if flatness.kind == "sam":  # the running statistics remember what the step's gradient is taken at
-                away = z.detach() + z.grad * (flatness.rho / (z.grad.square().mean().sqrt() + 1e-12))
-                _, z.grad = _slope(loss, away.requires_grad_(), scale, keep=True)
+            losses[step], z.grad = slope(drawn, z, average)
         except torch.linalg.LinAlgError as error:  # the spectrum of what is no number
             raise _no_number(step) from error
         adam.step()
@@ -115,13 +112,6 @@ def optimise(
 def _no_number(step: int) -> InputError:
     remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
     return InputError(f"synthesize: the loss is no number from step {step} on; {remedy}")
-
-
-def _slope(loss: Loss, z: Tensor, scale: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """The loss at z, without its graph, and its gradient."""
-    value = loss(z, keep=keep)
-    (gradient,) = torch.autograd.grad(value * scale, z)
-    return value.detach(), gradient / scale
 
 
 def _saved(step, z, average, adam, losses, observed, generator) -> dict[str, Tensor]:

@@ -331,7 +331,7 @@ def test_synthesis_sees_decoded_pictures_and_moves_the_canvases(session, tmp_pat
         seen.append((x.detach(), labels.tolist()))
         return (x - 0.25).square().sum()
 
-    observed = SimpleNamespace(loss=loss, matcher=SimpleNamespace(state=dict))
+    observed = SimpleNamespace(loss=loss, matcher=SimpleNamespace(state=dict, drop=lambda generator: None))
     labels, progress = torch.tensor([0, 0, 1]).repeat_interleave(TILES), work.Progress(tmp_path / "p", 1e9)
     z, _ = synthesize.optimise(images, labels, [observed], given, session, seeded(), progress)
     assert z.shape == (3, 3, 16, 16) and seen[0][1] == [0] * 8 + [1] * 4

@@ -81,7 +81,7 @@ def test_the_loss_and_its_gradient_are_those_of_equation_5(scope, alpha):
     given, section = targets(), Synthesize(class_scope=scope, alpha=alpha, ema=0.0)
     first, second = moments(given)
     matcher = Matcher(given, section, LABELS)
-    found = matcher(first, second, torch.Generator())
+    found = matcher(first, second)
     found_grad = torch.autograd.grad(found, (first, second))
     first_, second_ = (t.detach().double().requires_grad_() for t in (first, second))
     whole = statistics(first_, second_, given.global_mean, range(6))
@@ -101,7 +101,7 @@ def test_the_average_gives_value_and_the_present_batch_the_gradient(scope):
     matcher, past = Matcher(given, section, LABELS), []
     for step in range(4):
         first, second = moments(given, seed=20 + step)
-        found = matcher(first, second, torch.Generator())
+        found = matcher(first, second)
         found_grad = torch.autograd.grad(found, (first, second))
         first_, second_ = (t.detach().double().requires_grad_() for t in (first, second))
         rows = [range(6), [5], [0, 1, 2], [3, 4]]
@@ -131,10 +131,10 @@ def test_a_restored_matcher_goes_on_with_the_same_bits():
     given, section = targets(), Synthesize(class_scope="per_class", ema=0.7)
     one, other = Matcher(given, section, LABELS), Matcher(given, section, LABELS)
     for step in range(3):
-        one(*moments(given, seed=step), torch.Generator())
+        one(*moments(given, seed=step))
     other.restore({name: tensor.clone() for name, tensor in one.state().items()})
     first, second = moments(given, seed=50)
-    assert torch.equal(one(first, second, torch.Generator()), other(first, second, torch.Generator()))
+    assert torch.equal(one(first, second), other(first, second))
 
 
 def test_dropped_layers_are_convolutions_drawn_from_the_generator():
@@ -146,7 +146,8 @@ def test_dropped_layers_are_convolutions_drawn_from_the_generator():
     }
     generator, seen = torch.Generator().manual_seed(0), set()
     for _ in range(40):
-        found = Matcher(given, section, LABELS)(first, second, generator).item()
+        matcher = Matcher(given, section, LABELS)
+        found = matcher(first, second, matcher.drop(generator)).item()
         names, value = min(possible.items(), key=lambda item: abs(item[1] - found))
         assert found == pytest.approx(value, rel=1e-5)
         seen.add(names)
@@ -156,8 +157,7 @@ def test_dropped_layers_are_convolutions_drawn_from_the_generator():
 def test_without_dropping_the_generator_is_left_alone():
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    given = targets()
-    Matcher(given, Synthesize(), LABELS)(*moments(given), generator)
+    assert Matcher(targets(), Synthesize(), LABELS).drop(generator) is None
     assert torch.equal(state, generator.get_state())
 
 
@@ -167,7 +167,7 @@ def test_at_the_target_itself_the_gradient_is_zero_not_infinite():
     given = given._replace(global_var=zero, mixture_mean=given.global_mean, mixture_var=zero)
     first = torch.zeros(6, LAYOUT.size, requires_grad=True)
     second = torch.zeros(6, LAYOUT.size, requires_grad=True)
-    loss = Matcher(given, Synthesize(ema=0.0), LABELS)(first, second, torch.Generator())
+    loss = Matcher(given, Synthesize(ema=0.0), LABELS)(first, second)
     gradients = torch.autograd.grad(loss, (first, second))
     assert loss == 0 and all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
 
@@ -202,7 +202,7 @@ def test_gradient_of_the_pixels_through_a_network(scope, norm):
     x = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(3)).requires_grad_()
     with taps:
         network(x)
-    found = Matcher(given, section, labels)(*taps.collect(), torch.Generator())
+    found = Matcher(given, section, labels)(*taps.collect())
     (found_grad,) = torch.autograd.grad(found, x)
 
     exact, inputs = copy.deepcopy(network).double(), {}
@@ -261,7 +261,7 @@ def test_a_residual_add_gets_its_own_gradient(order):
     taps.shift = given.global_mean
     with taps:
         out = net(x)
-    loss = Matcher(given, section, LABELS)(*taps.collect(), torch.Generator()) + out.sin().sum()
+    loss = Matcher(given, section, LABELS)(*taps.collect()) + out.sin().sum()
     (found,) = torch.autograd.grad(loss, x)
 
     exact, pixels = copy.deepcopy(net.module).double(), x.detach().double().requires_grad_()
@@ -351,10 +351,10 @@ def test_what_is_not_kept_leaves_the_averages_as_they_were():
     given, section = targets(), Synthesize(class_scope="per_class", ema=0.7)
     one, other = Matcher(given, section, LABELS), Matcher(given, section, LABELS)
     for step in range(4):
-        first = one(*moments(given, seed=step), torch.Generator())
-        assert torch.equal(other(*moments(given, seed=step), torch.Generator(), keep=False), first)
-        other(*moments(given, seed=90), torch.Generator(), keep=False)
-        assert torch.equal(other(*moments(given, seed=step), torch.Generator()), first)
+        first = one(*moments(given, seed=step))
+        assert torch.equal(other(*moments(given, seed=step), keep=False), first)
+        other(*moments(given, seed=90), keep=False)
+        assert torch.equal(other(*moments(given, seed=step)), first)
 
 
 def test_total_variation_is_the_norm_of_the_differences_in_four_directions():

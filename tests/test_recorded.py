@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_synthesize import MEAN, STD, Interrupted, images, network, recipe, target
 from torch import nn
 
-from edc_hub import networks, students
+from edc_hub import networks, objective, slope, students, synthesize, work
 from edc_hub.feed import Batch
 from edc_hub.protocol import Evaluation
 from edc_hub.recorded import PLAIN, Recorded
+from edc_hub.sites import KINDS
+from edc_hub.work import Progress
 
 
 CPU = torch.device("cpu")
@@ -88,6 +91,106 @@ def test_a_student_learns_alike_with_and_without_graphs(session, optimizer, bn):
     assert plain.keys() == replayed.keys()
     for name, value in plain.items():
         torch.testing.assert_close(replayed[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+STEPS = [
+    {"flatness": {"kind": "logits"}, "drop_rate": 0.5},
+    {"flatness": {"kind": "statistics"}, "class_scope": "per_class"},
+    {"flatness": {"kind": "sam"}, "pick": "random", "together": 2, "tv": 1e-3},
+    {"sizes": [8, 6], "layers": ["bn"], "residual": {"every": 40}},  # by ResNet-18
+]
+
+
+def block(session, tmp_path, keys, monkeypatch=None, steps=60, stop=None):
+    """A block of four images: the last iterate and the losses."""
+    made = recipe(iterations=steps, crop_area=[0.3, 1.0], flip=True, jitter=1, **keys)
+    labels = torch.tensor([0, 0, 1, 1])
+    nets = [network("batch"), network("instance"), network("group")]
+    if "layers" in keys:
+        face = {"image_size": 8, "mean": MEAN, "std": STD}
+        nets = [networks.build("resnet18", 10, seed=seed, **face).eval().requires_grad_(False) for seed in range(2)]
+    wanted = [on(only(target(net), keys.get("layers", KINDS)), session.device) for net in nets]
+    layout = torch.channels_last if session.device.type == "cuda" else torch.contiguous_format
+    nets = [net.to(session.device, memory_format=layout) for net in nets]
+    observed = [objective.Observed(*both, labels, made, session) for both in zip(nets, wanted, strict=True)]
+
+    if stop is not None:
+        draw = objective.Objective.draw
+
+        def stopping(self, step, generator):
+            if step == stop:
+                raise Interrupted
+            return draw(self, step, generator)
+
+        monkeypatch.setattr(objective.Objective, "draw", stopping)
+    saving = stop or (tmp_path / "p").exists()
+    progress = Progress(tmp_path / "p", 0.0 if saving else 1e9)
+    generator = work.generator(0, "blocks", "b")
+    return synthesize.optimise(images(), labels, observed, made, session, generator, progress)
+
+
+def on(targets, device):
+    return targets._replace(
+        **{name: value.to(device) for name, value in targets._asdict().items() if isinstance(value, torch.Tensor)}
+    )
+
+
+def only(targets, kinds):
+    layout, kept = targets.layout.keep(kinds)
+    cut = {
+        name: value[..., kept]
+        for name, value in targets._asdict().items()
+        if isinstance(value, torch.Tensor) and name != "class_ids"
+    }
+    return targets._replace(layout=layout, **cut)
+
+
+@pytest.mark.parametrize("keys", STEPS)
+def test_a_step_of_tensors_alone_is_the_step(session, tmp_path, monkeypatch, keys):
+    """What a recording is made of, on a CPU: the view by matrices, dropped layers and averages as inputs."""
+    expected = block(session, tmp_path, keys)
+    begin, built = slope.Slope.__init__, []
+
+    def as_on_a_gpu(self, *given, **more):
+        begin(self, *given, **more)
+        self.recorded, self.pool = {}, None
+        built.append(self)
+
+    monkeypatch.setattr(slope.Slope, "__init__", as_on_a_gpu)
+    z, losses = block(session, tmp_path, keys)
+    assert len(built[0].recorded) > 1
+    torch.testing.assert_close(losses, expected[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(z, expected[0], rtol=0, atol=2e-2)  # Adam divides by what is near 0
+
+
+@pytest.fixture
+def deterministic():
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        yield
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keys", STEPS)
+@pytest.mark.usefixtures("deterministic")
+def test_a_block_is_alike_with_and_without_graphs_and_after_a_kill(session, tmp_path, monkeypatch, keys, dtype):
+    session = replace(session, device=torch.device("cuda"), dtype=dtype)
+    replayed = block(session, tmp_path, keys)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        block(session, tmp_path / "killed", keys, patch, stop=37)
+    resumed = block(session, tmp_path / "killed", keys)
+    assert torch.equal(resumed[0], replayed[0]) and torch.equal(resumed[1], replayed[1])
+    recorded, seen = Recorded.__call__, []
+
+    def plain(self, *inputs):
+        seen.append(self.enabled)
+        self.enabled = False
+        return recorded(self, *inputs)
+
+    monkeypatch.setattr(Recorded, "__call__", plain)
+    z, losses = block(session, tmp_path, keys)
+    assert any(seen)
+    assert torch.equal(replayed[1], losses) and torch.equal(replayed[0], z)  # the same kernels on the same numbers
 
 
 def toy() -> networks.Network:

@@ -30,6 +30,7 @@ class Smooth:
     class matcher:  # noqa: N801 - stands for an object without state
         state = staticmethod(dict)
         restore = staticmethod(lambda saved: None)
+        drop = staticmethod(lambda generator: None)
 
     def __init__(self, seed, dtype=torch.float32):
         weight = torch.randn(10, 3 * 64, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -38,7 +39,7 @@ class Smooth:
     def logits(self, x):
         return torch.tanh(x.flatten(1) - 0.5) @ self.weight.t()
 
-    def loss(self, x, averaged, labels, section, generator, *, mix, keep):
+    def loss(self, x, averaged, labels, section, dropped, *, mix, keep):
         return F.cross_entropy(self.logits(x), labels)
 
 
@@ -294,7 +295,7 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
     }
     observed, made, labels, x = random_observed(session, **weights, ema=0.0)
     averaged = images(seed=3) / 255.0
-    found = observed.loss(x, averaged, labels, made.synthesize, torch.Generator())
+    found = observed.loss(x, averaged, labels, made.synthesize)
     (gradient,) = torch.autograd.grad(found, x)
 
     logits, matched = observed.network(x), matching.Matcher(target(network("batch")), made.synthesize, labels)
@@ -304,7 +305,7 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
     z = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     terms = [
         (1.0, -F.log_softmax(logits, -1)[range(4), labels].mean()),
-        (0.3, matched(*observed.taps[8].collect(), torch.Generator())),
+        (0.3, matched(*observed.taps[8].collect())),
         (0.7, (present * (present / average).log()).sum() / 4),
         (0.9, matching.densification(z, labels, 4.0)),
     ]
@@ -319,11 +320,11 @@ def test_mixed_precision_is_for_the_networks_and_not_for_the_statistics(session)
     observed, made, labels, x = random_observed(session, weight=1.0, ema=0.0, densification={"weight": 1.0})
     collect, kept = observed.taps[8].collect, []
     observed.taps[8].collect = lambda: kept.append(collect()) or kept[0]
-    found = observed.loss(x, None, labels, made.synthesize, torch.Generator())
+    found = observed.loss(x, None, labels, made.synthesize)
     with torch.no_grad(), session.autocast():
         logits = observed.network(x)
     assert logits.dtype == torch.bfloat16
-    exact = matching.Matcher(target(network("batch")), made.synthesize, labels)(*kept[0], torch.Generator())
+    exact = matching.Matcher(target(network("batch")), made.synthesize, labels)(*kept[0])
     term = matching.densification(observed.pixels.normalise(x), labels, 4.0)
     torch.testing.assert_close(found, F.cross_entropy(logits.float(), labels) + exact + term, rtol=1e-5, atol=1e-5)
 
