@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from . import methods, networks, recipe, weights
 from .errors import InputError
@@ -22,6 +23,7 @@ from .work import Progress, Session, Unit, fingerprint, generator, run
 
 STAGE, VERSION = "observers", 1
 CHECK_BATCH = 100  # images a forward pass where accuracy is measured
+BN_STEPS = 100  # batches from which averaged weights take their BatchNorm statistics
 State = dict[str, Tensor]
 
 
@@ -156,7 +158,9 @@ def _fingerprint(
     given: recipe.Recipe, net: recipe.Network, real: RealSet, found: weights.Weights | None, session: Session
 ) -> str:
     spec = net.model_dump(mode="json", exclude={"name", "weights"})
-    if net.train and not net.train.ema:
+    if net.train and net.train.ema:
+        spec["train"]["bn"] = "taken anew"  # it was averaged
+    elif net.train:
         del spec["train"]["ema"]  # without an average they are the observers of earlier releases
     mean, std = net.mean or given.source.mean, net.std or given.source.std
     return fingerprint(
@@ -197,7 +201,7 @@ def _train(
             return F.cross_entropy(network(x), labels)
 
     training = Training(
-        network, optimizer, session.device, session.arithmetic, loss, decay=section.ema, average_buffers=True
+        network, optimizer, session.device, session.arithmetic, loss, decay=section.ema, average_buffers=False
     )
     kept: dict[int, State] = {}
     first = 0
@@ -220,15 +224,27 @@ def _train(
                 if section.schedule == "cosine":
                     share = step / (section.epochs * steps)
                     training.rate(section.lr * (1 + math.cos(math.pi * share)) / 2)
-                x = images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
+                x = _pixels(images, session)
                 before = training.descend(x, labels.to(session.device))
                 bar.update()
                 if step % 50 == 0:
                     bar.set_postfix(epoch=epoch + 1, loss=f"{before.item():.3f}", refresh=False)
                 if step + 1 == (epoch + 1) * steps and epoch + 1 in recipe.snapshots(net):
+                    if training.average:
+                        seen = real.batches(
+                            order[: BN_STEPS * section.batch], section.batch, view=_view(section, view_seed)
+                        )
+                        _settle(training.average.module, (images for images, *_ in seen), session)
                     kept[epoch + 1] = _copy(training.average.module if training.average else network)
                 progress.save(functools.partial(_state, step + 1, training, kept))
     return kept
+
+
+def _settle(average: Network, batches: Iterator[Tensor], session: Session) -> None:
+    """Takes the statistics of BatchNorm layers anew, for averaged weights: those of the live ones are not theirs."""
+    with session.autocast():
+        update_bn((_pixels(images, session) for images in batches), average)
+    average.eval()
 
 
 def _state(step: int, training: Training, kept: dict[int, State]) -> State:
@@ -244,6 +260,11 @@ def _view(section: recipe.Train, seed: int) -> View | None:
     return View(section.augment, seed, pad=section.pad, area=area, flip=section.flip)
 
 
+def _pixels(images: Tensor, session: Session) -> Tensor:
+    """uint8 to [0, 1] on the device."""
+    return images.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
+
+
 def _copy(network: Network) -> State:
     return {key: value.detach().cpu().clone().contiguous() for key, value in network.module.state_dict().items()}
 
@@ -253,7 +274,7 @@ def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session
     network.eval()
     right = torch.zeros((), dtype=torch.int64, device=session.device)
     for batch, label in zip(images.split(CHECK_BATCH), labels.split(CHECK_BATCH), strict=True):
-        x = batch.to(session.device, torch.float32, memory_format=torch.channels_last).div_(255)
+        x = _pixels(batch, session)
         with session.autocast():
             right += (network(x).argmax(1) == label.to(session.device)).sum()
     return right.item() / len(labels)
