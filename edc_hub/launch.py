@@ -140,11 +140,11 @@ def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps a run folder for this command; the first process holds the lock for all of them."""
+def lock(folder: Path, waits: "Callable[[str], None] | None" = None) -> Iterator[None]:
+    """Keeps a run folder for this command; the first process holds the lock for all of them, as `work.lock` has it."""
     from . import work
 
-    with work.lock(folder) if is_first() else nullcontext():
+    with work.lock(folder, waits) if is_first() else nullcontext():
         yield
 
 

@@ -108,7 +108,7 @@ def _condense(
     folder = launch.run_folder(run)
     if folder not in made:
         try:
-            with launch.lock(folder):
+            with launch.lock(folder, waits=session.report):  # another sweep has this run, too
                 condense.condense(run, folder, _of(session, run.precision), open_source(run))
             made[folder] = None
         except Exception as error:

@@ -303,25 +303,32 @@ def turn(run: Path) -> Iterator[None]:
         held.release()
 
 
+def _owner(file: Path) -> str:
+    try:
+        other = json.loads(file.read_text())
+    except (OSError, ValueError):  # it has just begun, or just ended
+        other = {"host": "?", "pid": "?", "since": "?"}
+    return f"process {other['pid']} on {other['host']} since {other['since']}"
+
+
 @contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps `folder` for this process. A second writer is refused with the first one's name."""
+def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Keeps `folder` for this process. A second writer is refused with the first one's name; where it gives `waits`, that
+    is told of the first one, and it waits."""
     owner = folder / ".lock.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / ".lock")
-        held.acquire(timeout=0)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            others = f"{folder} is being written by {_owner(owner)}"
+            if waits is None:
+                raise InputError(f"output_dir: {others}; wait for it or choose another output_dir") from None
+            waits(f"{others}; waiting for it")
+            held.acquire()
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
-    except Timeout as error:
-        try:
-            other = json.loads(owner.read_text())
-        except (OSError, ValueError):  # it has just begun, or just ended
-            other = {"host": "?", "pid": "?", "since": "?"}
-        raise InputError(
-            f"output_dir: {folder} is being written by process {other['pid']} on {other['host']} since "
-            f"{other['since']}; wait for it or choose another output_dir"
-        ) from error
     except OSError as error:
         raise InputError(
             f"output_dir: cannot write {folder}: {_disk_error(error) or error}; choose another output_dir"

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -147,8 +148,8 @@ def test_a_unit_that_fails_on_one_of_two_processes_fails_its_cells_and_the_other
     rows = {"two": {}, "kept": {"synthesize": {"iterations": 1}}, "none": SWEEP["rows"]["none"]}
     file = written(root, "alone", rows=rows, columns=columns, set_seeds=[0])
     kept = next(cell.runs[0] for cell in cells.parse(arguments(file, folder)).cells if cell.row == "kept")
-    with work.lock(Path(kept.output_dir)):
-        done = fresh.ranks(2, ALONE, *arguments(file, folder), env=ENVIRONMENT, module=False)
+    (Path(kept.output_dir) / ".lock").mkdir(parents=True)  # where the first process writes a file
+    done = fresh.ranks(2, ALONE, *arguments(file, folder), env=ENVIRONMENT, module=False)
     assert all(one.returncode == 1 and "5 of 6 cells failed" in one.stderr for one in done), (
         done
     )  # both came to the end
@@ -158,7 +159,31 @@ def test_a_unit_that_fails_on_one_of_two_processes_fails_its_cells_and_the_other
     assert lines[("none", "zeta 2")]["n"] == "2" and float(lines[("none", "zeta 2")]["EMA"]) > 0
     said = (folder / "table.md").read_text()
     assert said.count("by the first alone") == 2 and said.count("by the second alone") == 1
-    assert said.count(f"is being written by process {os.getpid()}") == 2
+    assert said.count(f"cannot write {kept.output_dir}") == 2
+
+
+def test_a_run_that_another_command_writes_is_waited_for(root, monkeypatch):
+    file = written(root, "waiting", rows=SWEEP["rows"], columns={}, paper=None, set_seeds=[0], seeds=[0])
+    folder = root / "runs/waiting"
+    place = Path(cells.parse(arguments(file, folder)).cells[0].runs[0].output_dir)
+    kept, said, report = threading.Event(), threading.Event(), work.Session.report
+
+    def other():
+        with work.lock(place):
+            kept.set()
+            said.wait(60)
+
+    def heard(self, text):
+        report(self, text)
+        if f"{place} is being written by process {os.getpid()}" in text:
+            said.set()
+
+    monkeypatch.setattr(work.Session, "report", heard)
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert kept.wait(60) and sweep.main(arguments(file, folder)) == 0
+    thread.join()
+    assert said.is_set() and not [line for line in figures(folder) if line["missing"]]
 
 
 # Mistakes
