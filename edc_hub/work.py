@@ -313,8 +313,8 @@ def _owner(file: Path) -> str:
 
 @contextmanager
 def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Keeps `folder` for this process. A second writer is refused with the first one's name; where it gives `waits`, that
-    is told of the first one, and it waits."""
+    """Keeps `folder` for this process. A second writer is refused with the first one's name; one that gives `waits`
+    tells it of the first, and waits."""
     owner = folder / ".lock.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
