@@ -191,6 +191,7 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS has none
     # accelerate and torchrun leave one thread a process on a CPU machine
     torch.set_num_threads(recipe.threads or max(1, cores // local_processes()))
+    torch.backends.cudnn.deterministic = True  # the same command gives the same bytes
     _quiet()
     if cpu:
         keep_freed_memory()

@@ -62,14 +62,19 @@ def segment_norms(difference: Tensor, layout: Layout) -> Tensor:
 def layer_losses(mean: Tensor, var: Tensor, target_mean: Tensor, target_var: Tensor, layout: Layout) -> Tensor:
     """Un-squared distances of a layer's means and variances, of channels and tiles: (…, F) to (…, L). Eq. 2."""
     norms = segment_norms(torch.stack([mean - target_mean, var - target_var]), layout).sum(0)
-    layers = _layers(layout, norms.device)
-    return norms.new_zeros(*norms.shape[:-1], layout.layers).index_add(-1, layers, norms)
+    segments = _segments(layout, norms.device)
+    parts = F.pad(norms, (0, 1)).index_select(-1, segments.flatten())
+    return parts.unflatten(-1, segments.shape).sum(-1)  # always in this order, unlike index_add on a GPU
 
 
 @cache
-def _layers(layout: Layout, device: torch.device) -> Tensor:
-    """The layer of each segment, int64 (S,); once, as Python would wait for a GPU at every copy."""
-    return torch.tensor([segment.layer for segment in layout.segments], device=device)
+def _segments(layout: Layout, device: torch.device) -> Tensor:
+    """The segments of each layer, int64 (L, n), rows filled up with S; kept, as a copy to a GPU is waited for."""
+    of_layers = [[] for _ in range(layout.layers)]
+    for number, segment in enumerate(layout.segments):
+        of_layers[segment.layer].append(number)
+    most, none = max(map(len, of_layers)), [len(layout.segments)]
+    return torch.tensor([numbers + none * (most - len(numbers)) for numbers in of_layers], device=device)
 
 
 class Matcher:
