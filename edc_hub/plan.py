@@ -3,6 +3,7 @@
 Observers are built untrained, one batch of real images is decoded, and nothing is written.
 """
 
+import copy
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,14 +27,18 @@ from . import (
     observers,
     rded,
     source,
-    synthesize,
     views,
-    work,
 )
+from .networks import Network
+from .objective import Objective, Observed
 from .recipe import Recipe, users
+from .recorded import PLAIN, Recorded
+from .section import Network as Section
+from .slope import Slope
 from .source import RealSet
 from .taps import Taps
 from .targets import Targets
+from .training import Training
 from .work import Session
 
 
@@ -69,7 +74,7 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     def clock(call: Callable[..., object], *arguments: Any) -> float:
         return _clock(partial(call, *arguments), session)
 
-    look = {name: clock(_forward, network, images, session) / size for name, network in networks.items()}
+    look = {name: clock(_looking(network, session), images) / size for name, network in networks.items()}
 
     in_use = {stage: [name for name, _ in entries] for stage, entries in users(recipe).items()}
 
@@ -80,7 +85,7 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     steps = {net.name: net.train.epochs * count / min(net.train.batch, size) for net in training}
     batches = {net.name: (images[: net.train.batch], labels[: net.train.batch]) for net in training}
     trained = sum(
-        clock(_train_step, networks[name], *batches[name], session) * number for name, number in steps.items()
+        clock(_training(net, networks[net.name], session), *batches[net.name]) * steps[net.name] for net in training
     )
 
     start = recipe.initialize
@@ -94,7 +99,7 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     taps = {name: Taps(networks[name], patch=recipe.moments.patch) for name in matched}
     measured = sum(clock(moments.forward, networks[name], tap, images, session) for name, tap in taps.items()) / size
     block = images[:together], labels[:together].sort().values
-    each = sum(clock(_iteration, recipe, networks[name], *block, session) for name in matched) / max(1, len(matched))
+    each = sum(clock(_iterating(recipe, networks[name], *block, session)) for name in matched) / max(1, len(matched))
     blocks = -(-total // section.block)
     busiest = -(-blocks // processes)
 
@@ -113,32 +118,47 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
 
 
 def _clock(call: Callable[[], object], session: Session) -> float:
-    """Seconds of one call: the better of two after a warm-up."""
+    """Seconds of one call: the better of two after a warm-up, on a GPU after it is recorded."""
     times = []
-    for _ in range(3):
+    for _ in range(PLAIN + 3 if session.device.type == "cuda" else 3):
         start = time.perf_counter()
         call()
         if session.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[-2:])
 
 
-def _forward(network, images: Tensor, session: Session) -> Tensor:
-    with torch.no_grad(), session.autocast():
-        return network(images.float() / 255)
+def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
+    """Logits of uint8 images."""
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.no_grad(), session.autocast():
+            return network(images.float() / 255)
+
+    return Recorded(forward, session.device)
 
 
-def _train_step(network, images: Tensor, labels: Tensor, session: Session) -> None:
-    network.train().requires_grad_(True)
-    with session.autocast():
-        loss = F.cross_entropy(network(images.float() / 255), labels)
-    loss.backward()
-    network.eval().requires_grad_(False).zero_grad()
+def _training(net: Section, network: Network, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
+    """A step of an observer's training, on uint8 images and labels; `network` stays as it is."""
+    network = copy.deepcopy(network).train().requires_grad_(True)
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        with session.autocast():
+            return F.cross_entropy(network(images.float() / 255), labels)
+
+    optimizer = torch.optim.SGD(network.module.parameters(), net.train.lr, net.train.momentum, fused=True)
+    dtype = session.arithmetic
+    return Training(
+        network, optimizer, session.device, dtype, loss, decay=net.train.ema, average_buffers=False
+    ).descend
 
 
-def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session: Session) -> None:
-    section = recipe.synthesize.model_copy(update={"iterations": 1, "pick": "turn"})  # there is one to pick from
+def _iterating(
+    recipe: Recipe, network: Network, images: Tensor, labels: Tensor, session: Session
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A step of synthesis by one observer, but for Adam's part."""
+    section = recipe.synthesize.model_copy(update={"pick": "turn"})  # there is one to pick from
     taps = Taps(network, patch=recipe.moments.patch, layers=section.layers)
     with torch.no_grad(), taps:
         network(images.float() / 255)
@@ -148,10 +168,10 @@ def _iteration(recipe: Recipe, network, images: Tensor, labels: Tensor, session:
     of_classes = mean.expand(len(present), -1), var.expand(len(present), -1)
     targets = Targets(taps.layout, mean[0], var[0], present, *of_classes, mean[0], var[0])
     labels = labels.repeat_interleave(recipe.images.grid**2)  # images stand for canvases
-    observed = [synthesize.Observed(network, targets, labels.cpu(), recipe, session)]
-    one = recipe.model_copy(update={"synthesize": section})
-    progress = work.Progress(Path("/nonexistent"), float("inf"))
-    synthesize.optimise(images, labels, observed, one, session, torch.Generator(), progress)
+    observed = [Observed(network, targets, labels.cpu(), recipe, session)]
+    objective = Objective(observed, labels, recipe.model_copy(update={"synthesize": section}), session.device)
+    slope, z, generator = Slope(objective, session), objective.space.to_z(images), torch.Generator()
+    return lambda: slope(objective.draw(0, generator), z, z)
 
 
 def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Session) -> None:
