@@ -166,7 +166,7 @@ def _cell(
     sweep: Sweep, base: dict[str, Any], row: str, column: str, layers: list[dict[str, Any]], folder: Path
 ) -> Cell:
     labelled = {"relabel": {"controls": bool({"initial", "random"} & set(sweep.controls))}}
-    overrides = recipes.layered([labelled, *layers], Recipe)
+    overrides = keys.layered([labelled, *layers], Recipe)
     with naming(_place(row, column)):
         recipe = recipes.resolve(base, overrides)
         if sweep.split == "holdout" and not recipe.source.holdout:

@@ -86,7 +86,7 @@ def parse(argv: list[str] | None) -> Parsed:
     if named and Path(named[0]).expanduser().is_dir():
         raise InputError(f"dataset: {named[0]} is a folder, and a recipe is a file; write --dataset {named[0]}")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
-    return resolve(recipes.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
+    return resolve(keys.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
 
 
 def resolve(given: dict[str, Any]) -> Parsed:
@@ -206,13 +206,13 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     below = [evaluation]
     if protocol != evaluation.get("protocol"):
         below = [{"protocol": protocol}, *_blocks(protocol, first)]
-    below = recipes.layered(below, Evaluation)
+    below = keys.layered(below, Evaluation)
     recipes.let_through(below, given.get("evaluation") or {})
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
         source["revision"] = first.manifest["source"]["commit"] or source["revision"]
     under = [{"source": source}, {"evaluation": below}]
-    return recipes.layered([*under, given], Comparison)
+    return keys.layered([*under, given], Comparison)
 
 
 def _blocks(protocol: str, first: "CondensedSet") -> list[dict[str, Any]]:
@@ -221,7 +221,7 @@ def _blocks(protocol: str, first: "CondensedSet") -> list[dict[str, Any]]:
 
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     """The protocol's name, and in brackets every value that is not the preset's: `rd3 (labels stored)`."""
-    preset = recipes.layered(_blocks(section.protocol, first), Evaluation)
+    preset = keys.layered(_blocks(section.protocol, first), Evaluation)
     ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
     named = {"protocol", "students", "teachers"}
     if section.augment != "own":

@@ -1,5 +1,6 @@
-"""What the recipe's models say about its keys: the list that `--help` prints, and errors in one line."""
+"""What models of sections say about their keys: the list that `--help` prints, errors in one line, layers in one."""
 
+import copy
 import difflib
 import json
 import types
@@ -12,14 +13,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from .errors import InputError
-from .recipe import Recipe, Section
+from .section import Section
 
 
 S = TypeVar("S", bound=Section)
 
 
 class Key(NamedTuple):
-    """One key of a recipe. `path` is dotted; below a list of sections it has `[]`: observers.networks[].arch."""
+    """One key. `path` is dotted; below a list of sections it has `[]`: observers.networks[].arch."""
 
     path: str
     field: FieldInfo
@@ -30,7 +31,7 @@ class Key(NamedTuple):
         return self.field.get_default(call_default_factory=True)
 
 
-def walk(section: type[Section] = Recipe, above: str = "") -> Iterator[Key]:
+def walk(section: type[Section], above: str = "") -> Iterator[Key]:
     """Every key of `section` and of the sections inside it, in the order of the models."""
     for name, field in section.model_fields.items():
         inner, listed = _inner(field.annotation)
@@ -48,7 +49,7 @@ def _inner(annotation: Any) -> tuple[type[Section] | None, bool]:
     return next((section for section in found if section), None), origin is list
 
 
-def table(root: type[Section] = Recipe) -> dict[str, Key]:
+def table(root: type[Section]) -> dict[str, Key]:
     """The keys by path."""
     return {key.path: key for key in walk(root)}
 
@@ -84,7 +85,7 @@ def _limits(metadata: Any) -> dict[str, Any]:
     return found
 
 
-def help_lines(section: type[Section] = Recipe, above: str = "") -> Iterator[str]:
+def help_lines(section: type[Section], above: str = "") -> Iterator[str]:
     """Two lines a key: its path, type and default; its meaning. The sections inside `section` come after its keys."""
     inside = [key for key in walk(section, above) if key.path.removeprefix(above).count(".") == 0]
     for key in sorted(inside, key=lambda key: key.section is not None):
@@ -102,25 +103,47 @@ def help_lines(section: type[Section] = Recipe, above: str = "") -> Iterator[str
             yield from help_lines(key.section, f"{key.path}{'[]' * listed}.")
 
 
-def validated(section: type[S], content: Any) -> S:
-    """`content` as a section. Raises InputError with the first complaint."""
+def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, Any]:
+    """The keys and values of several layers, weakest first, in one."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _merge(merged, layer, section)
+    return merged
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any], section: type[Section]) -> None:
+    """Puts `above` over `below`, section by section; any other value, a list included, replaces the whole value."""
+    for name, value in above.items():
+        field = section.model_fields.get(name)
+        inner = field.annotation if field and isinstance(field.annotation, type) else None
+        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
+            # a heading with nothing under it changes nothing
+            below[name] = below.get(name) if isinstance(below.get(name), dict) else {}
+            _merge(below[name], value or {}, inner)
+        else:
+            below[name] = copy.deepcopy(value)
+
+
+def validated(section: type[S], content: Any, above: str = "") -> S:
+    """`content` as a section, whose keys stand under `above`. Raises InputError with the first complaint."""
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise InputError(complaint(error, section)) from error
+        raise InputError(complaint(error, section, above)) from error
 
 
-def complaint(error: ValidationError, root: type[Section] = Recipe) -> str:
+def complaint(error: ValidationError, root: type[Section], above: str = "") -> str:
     """The first thing pydantic found in `root`, as one line: where, what is wrong, what to write instead."""
     # an unknown key goes first: what is missing or wrong elsewhere often follows from it
     found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
     entry = found[0]
     place, path = _place(entry["loc"])
+    place = f"{above}.{place}".strip(".")
     kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{place}: unknown key{meant(path, root)}"
+        return f"{place}: unknown key{meant(path, root, above=above)}"
     if kind == "missing":
-        return f"{place}: missing; {_example(path, root)}"
+        return f"{place}: missing; {_example(path, root, above)}"
     if kind == "value_error":
         text, known = str(context["error"]), table(root).get(path)
         if known and not known.section:
@@ -128,7 +151,7 @@ def complaint(error: ValidationError, root: type[Section] = Recipe) -> str:
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
-    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root)}"
+    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root, above)}"
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
@@ -162,7 +185,7 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
     return words.get(kind, kind.replace("_", " "))
 
 
-def _example(path: str, root: type[Section]) -> str:
+def _example(path: str, root: type[Section], above: str) -> str:
     """'write e.g. --ipc 10': the way to write a key, with its default or a value of its kind."""
     key = table(root).get(path.removesuffix("[]"))
     if key is None:
@@ -179,7 +202,7 @@ def _example(path: str, root: type[Section]) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     if "[]" in path.removesuffix("[]"):
         return f"write e.g. {path.rpartition('.')[2]}: {text}"
-    return f"write e.g. --{path.removesuffix('[]')} {repr(text) if ' ' in text else text}"
+    return f"write e.g. --{f'{above}.' * bool(above)}{path.removesuffix('[]')} {repr(text) if ' ' in text else text}"
 
 
 def _sample(kind: str) -> Any:
@@ -194,7 +217,7 @@ def _sample(kind: str) -> Any:
     return next((value for start, value in samples.items() if kind.startswith(start)), "name")
 
 
-def meant(path: str, root: type[Section], flags: Collection[str] = ()) -> str:
+def meant(path: str, root: type[Section], flags: Collection[str] = (), above: str = "") -> str:
     """'; did you mean …': a near name in the same section or of a flag, else the same or a near one in another one."""
     section, _, name = path.rpartition(".")
     every = list(table(root))
@@ -206,7 +229,7 @@ def meant(path: str, root: type[Section], flags: Collection[str] = ()) -> str:
         near = [known for known in every if known.rpartition(".")[2] in alike]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    place = section or ("a recipe" if root is Recipe else "this command")
+    place = section or above or root.called
     return f"; {place} has: {', '.join(here)}" if here else "; see --help"
 
 

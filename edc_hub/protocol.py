@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from . import keys
 from .errors import InputError
 from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings, refuse_twins
 
@@ -90,15 +91,10 @@ def of_student(section: Evaluation, name: str, arch: str) -> Evaluation:
 
     Raises InputError for what is no key there.
     """
-    from . import keys, recipes  # which know of this one
-
     called = name if name in section.per_student else arch
     key, own = f"evaluation.per_student.{called}", section.per_student.get(called, {})
     fixed = {"protocol", "students", "labels", "teachers", "test_resize", "per_student"} & set(own)
     if fixed:
         raise InputError(f"{key}: {min(fixed)} is the same for all; remove it")
     below = section.model_dump() | {"per_student": {}}
-    try:
-        return keys.validated(Evaluation, recipes.layered([below, own], Evaluation))
-    except InputError as error:
-        raise InputError(f"{key}: {error}".replace("write e.g. --", f"write e.g. --{key}.")) from error
+    return keys.validated(Evaluation, keys.layered([below, own], Evaluation), above=key)

@@ -5,7 +5,7 @@ text names the table. Nothing here imports torch: a wrong recipe is refused with
 """
 
 from collections.abc import Collection
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -234,6 +234,7 @@ class Options(Section):
 class Recipe(Section):
     """A whole run."""
 
+    called: ClassVar[str] = "a recipe"
     name: Name = Field("digits", description="short name of the data set; picks the method's block and names the run")
     method: str = Field("edc", description="a file of recipes/methods, or package.module:function")
     options: Options = Field(Options(), description="of a method that is a function: whatever it reads, options.NAME")

@@ -6,7 +6,6 @@ holds values for single IPCs. `base: <method>` puts another method's blocks unde
 that stand on them.
 """
 
-import copy
 import difflib
 import json
 import os
@@ -20,7 +19,6 @@ from .errors import InputError
 from .protocol import Evaluation
 from .recipe import Recipe
 from .rules import validate
-from .section import Section
 
 
 _HERE = Path(__file__).parent
@@ -71,7 +69,7 @@ def usage(prog: str) -> str:
         f"Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use.\n\n"
         f"{flags}\n"
     )
-    return "\n".join([head, *keys.help_lines()])
+    return "\n".join([head, *keys.help_lines(Recipe)])
 
 
 # Files
@@ -123,12 +121,12 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
         method = blocks("method", top["method"], top["name"], top["ipc"])
         special = _of_method(given.pop("per_method", None) or {}, top["method"], top["ipc"])
-        above = layered([*method, given, *special, overrides], Recipe)
+        above = keys.layered([*method, given, *special, overrides], Recipe)
         protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
-        below = layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
+        below = keys.layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
         let_through(below, above.get("evaluation") or {})
         layers = [{"evaluation": below}, above]
-    recipe = keys.validated(Recipe, layered(layers, Recipe))
+    recipe = keys.validated(Recipe, keys.layered(layers, Recipe))
     validate(recipe)
     return recipe
 
@@ -145,19 +143,11 @@ def of_run(run: Path) -> Recipe:
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
 
-def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, Any]:
-    """The keys and values of several layers, weakest first, in one."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        _merge(merged, layer, section)
-    return merged
-
-
 def let_through(protocol: dict[str, Any], given: dict[str, Any]) -> None:
     """Takes out of a protocol's `per_student` what is given for all students above it."""
     own = protocol.get("per_student") or {}
-    left = {name: {key: value for key, value in keys.items() if key not in given} for name, keys in own.items()}
-    protocol["per_student"] = {name: keys for name, keys in left.items() if keys}
+    left = {name: {key: value for key, value in part.items() if key not in given} for name, part in own.items()}
+    protocol["per_student"] = {name: part for name, part in left.items() if part}
 
 
 def methods() -> list[str]:
@@ -211,19 +201,6 @@ def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
     for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
         found += _of_ipc(block, ipc)
     return found
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any], section: type[Section]) -> None:
-    """Puts `above` over `below`, section by section; any other value, a list included, replaces the whole value."""
-    for name, value in above.items():
-        field = section.model_fields.get(name)
-        inner = field.annotation if field and isinstance(field.annotation, type) else None
-        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
-            # a heading with nothing under it changes nothing
-            below[name] = below.get(name) if isinstance(below.get(name), dict) else {}
-            _merge(below[name], value or {}, inner)
-        else:
-            below[name] = copy.deepcopy(value)
 
 
 # Writing

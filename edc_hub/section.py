@@ -1,6 +1,6 @@
 """What the sections of a recipe are built from: the base model, the types of its values, and what several share."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -30,6 +30,7 @@ class Section(BaseModel):
     """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
+    called: ClassVar[str] = "this command"  # in errors about what it has
 
 
 class Train(Section):

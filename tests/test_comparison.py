@@ -184,7 +184,7 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
         ("--evaluation dc --students convnet3", "evaluation: expected keys and values"),
         (
             '--students [{"name":"mine","arch":"resnet18"}] --evaluation.per_student.resnet18.lr abc',
-            "resnet18: lr: expected a number, got 'abc'; write e.g. --evaluation.per_student.resnet18.lr ",
+            "resnet18.lr: expected a number, got 'abc'; write e.g. --evaluation.per_student.resnet18.lr ",
         ),
         ("--evaluation.students []", "evaluation.students: an empty list; name one, e.g. [resnet18]"),
         ("--evaluation.students convnet3,convnet3", "evaluation.students: 'convnet3' is given twice"),
@@ -199,7 +199,7 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),
         (
             "--evaluation.per_student.narrow.lrr 1",
-            "evaluation.per_student.narrow: lrr: unknown key; did you mean 'lr'",
+            "evaluation.per_student.narrow.lrr: unknown key; did you mean 'lr'",
         ),
         (
             '--students [{"name":"mine","arch":"resnet18"}] --evaluation.per_student.resnet18.loss ce',

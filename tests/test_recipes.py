@@ -285,7 +285,7 @@ def test_help_lists_every_key_with_its_meaning_type_and_default(capsys):
         parse("--help")
     text = capsys.readouterr().out
     assert stopped.value.code == 0
-    missing = [key.path for key in keys.walk() if key.path not in text or key.field.description not in text]
+    missing = [key.path for key in keys.walk(Recipe) if key.path not in text or key.field.description not in text]
     shown_once = ("observers.networks[].train.", "evaluation.teachers[].train.")  # under observers.train
     assert all(path.startswith(shown_once) for path in missing)
     assert "--synthesize.iterations  integer >= 0, default 2000\n        steps of Adam" in text
