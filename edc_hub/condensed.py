@@ -18,7 +18,22 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
-from . import canvas, card, codecs, documents, encoding, hub, likeness, manifest, recipes, tables, terms, views, work
+from . import (
+    canvas,
+    card,
+    codecs,
+    disk,
+    documents,
+    encoding,
+    hub,
+    likeness,
+    manifest,
+    recipes,
+    tables,
+    terms,
+    views,
+    work,
+)
 from .contents import BESIDE, OBSERVERS
 from .errors import InputError
 from .labels import Labels
@@ -73,20 +88,20 @@ def write(
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
     if manifest.is_of(folder, known["fingerprint"]):
         return False
-    part = work.temporary(folder)
+    part = disk.temporary(folder)
     try:
         rows = {"images": tables.image_rows(files, initial.source_rows, labels.mean, real.names)}
         if labels.epochs:
             rows["soft_labels"] = tables.label_rows(labels, recipe.relabel)
         if labels.full:
             rows["soft_labels_full"] = tables.label_rows(labels.full, Relabel())  # dense
-        with work.disk_errors(part):
+        with disk.disk_errors(part):
             data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
         _write_text(part / "recipe.yaml", published)
         shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=made_here)
         pictures = [encoding.decode(files[row] for row in shown.tolist())]
         pictures = [initial.images[shown], *pictures] if made_here else pictures
-        work.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
+        disk.write_atomically(part / "assets/grid.png", partial(card.grid, pictures, shape))
         if made_here:
             whole = recipe.initialize.kind != "rded"  # which cuts crops, though there may be one an image
             grid, tiles = recipe.images.grid, initial.source_rows
@@ -115,11 +130,11 @@ def _carry(folder: Path, part: Path, old: str, new: str) -> None:
         if path.endswith(".json"):
             _write_text(part / path, (folder / path).read_text(encoding="utf-8").replace(old, new))
         else:
-            work.write_atomically(part / path, partial(shutil.copyfile, folder / path))
+            disk.write_atomically(part / path, partial(shutil.copyfile, folder / path))
 
 
 def _write_text(path: Path, text: str) -> None:
-    work.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+    disk.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _replace(part: Path, folder: Path) -> None:

@@ -69,7 +69,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
     What a measure needs is looked for before the first one starts. Raises InputError where a measure that was asked
     for cannot be made; of those that nobody named the file says why.
     """
-    from . import panels, pictures, work
+    from . import disk, panels, pictures
 
     ready, unavailable = {}, {}
     for name in dict.fromkeys(options.measures):
@@ -88,7 +88,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
     place = folder / "diagnosis.json"
     content = _merged(place, found.about, made, clock.seconds, unavailable)
     if found.session.state.is_main_process:
-        work.write_atomically(place, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+        disk.write_atomically(place, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
         panels.picture(folder / "diagnosis.png", content)
         print(panels.table({**made, "unavailable": unavailable}), end="")
         found.session.report(f"\ndiagnosis.json and diagnosis.png in {folder}")

@@ -55,7 +55,7 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
     """Trains what is missing and writes the results; every process of the group calls it."""
-    from . import record, report, trackers, work
+    from . import disk, record, report, trackers
 
     asked = parsed.comparison
     trackers.check(asked.report_to)
@@ -68,7 +68,7 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
             own = [place for place in map(record.own_folder, parsed.sets) if place]
             places += [place for place in own if record.replaces(found, place, session)]
         for place in places[1:]:
-            with work.turn(place.parent):
+            with disk.turn(place.parent):
                 if record.replaces(found, place, session):  # still, after those who came first
                     record.write(found, done, place)
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")

@@ -141,10 +141,10 @@ def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def lock(folder: Path, waits: "Callable[[str], None] | None" = None) -> Iterator[None]:
-    """Keeps a run folder for this command; the first process holds the lock for all of them, as `work.lock` has it."""
-    from . import work
+    """Keeps a run folder for this command; the first process holds the lock for all of them, as `disk.lock` has it."""
+    from . import disk
 
-    with work.lock(folder, waits) if is_first() else nullcontext():
+    with disk.lock(folder, waits) if is_first() else nullcontext():
         yield
 
 
@@ -166,11 +166,11 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
     """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts."""
-    from . import work
+    from . import disk
 
     if running.state.is_main_process:
-        work.sweep(artifacts(recipe))
-        work.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+        disk.sweep(artifacts(recipe))
+        disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
 
 
 @contextmanager

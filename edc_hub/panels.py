@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import work
+from . import disk
 
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def picture(path: Path, found: dict[str, Any]) -> None:
     for axis in axes[len(measures) :]:
         axis.set_visible(False)
     metadata = {"Software": None}  # a version, which is no part of the picture
-    work.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))
+    disk.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))
 
 
 def _by_observer(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

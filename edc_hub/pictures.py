@@ -114,7 +114,7 @@ def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session")
 
     import torch
 
-    from . import work
+    from . import disk
 
     gpu = session.device.type == "cuda"
     facts = {
@@ -129,7 +129,7 @@ def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session")
         "versions": {name: version(name) for name in ("torch", "datasets", "transformers", "timm", "accelerate")},
         "python": platform.python_version(),
     }
-    work.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    disk.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
 
 
 def say_where(recipe: Recipe, real: "RealSet", dataset: Path, session: "Session") -> None:

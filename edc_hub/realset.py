@@ -22,9 +22,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from . import pixels
+from .disk import write_atomically
 from .errors import InputError
 from .pixels import View
-from .work import write_atomically
 
 
 MEMORY = 4 * 2**30  # bytes of decoded pixels up to which a set is kept in memory once it was read

@@ -135,7 +135,7 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
 
 def write(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
     """Writes results.json and the curves; into a dataset folder, the table into its card too."""
-    from . import card, report, results, work
+    from . import card, disk, report, results
 
     results.write(found, folder)
     lines: dict[str, list] = {}
@@ -146,4 +146,4 @@ def write(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
     report.curves((folder / "assets" if is_set else folder) / "curves.png", lines)
     if is_set and readme.is_file():
         text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
-        work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))

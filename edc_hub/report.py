@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import work
+from . import disk
 from .card import amount
 from .results import PAIRS, ROWS, WEIGHTS
 
@@ -214,4 +214,4 @@ def curves(path: Path, lines: dict[str, list[Tensor]]) -> None:
     columns = 4 if measured else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     metadata = {"Software": None}  # a version, which is no part of the picture
-    work.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))
+    disk.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from . import work
+from . import disk
 
 
 ROWS = {
@@ -85,7 +85,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     old = json.loads(place.read_text("utf-8")) if place.is_file() else {}
     results = {**{key: old[key] for key in ("prefixes",) if key in old}, **results}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    work.write_atomically(place, lambda path: path.write_text(text, "utf-8"))
+    disk.write_atomically(place, lambda path: path.write_text(text, "utf-8"))
 
 
 def _row(part: list[Outcome]) -> dict[str, Any]:

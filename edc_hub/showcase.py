@@ -91,7 +91,7 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes `prefixes` into results.json and what a card says of them into README.md."""
-    from . import results, work
+    from . import disk, results
 
     place, readme = folder / "results.json", folder / "README.md"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -99,13 +99,13 @@ def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
     rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
     table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
-    with work.turn(folder.parent):
+    with disk.turn(folder.parent):
         old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
         results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
         text = readme.read_text(encoding="utf-8")
         text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
         text = card.filled(text, "prefixes", f"{table}\n\n{stamp}")
-        work.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _percent(accuracy: list[float]) -> str:

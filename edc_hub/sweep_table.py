@@ -228,11 +228,11 @@ def table(every: list[Line]) -> str:
 
 def write(parsed: Parsed, failed: dict[str, Exception]) -> None:
     """Writes table.csv, table.md and table.png of the cells that are finished."""
-    from . import work
+    from . import disk
 
     every = lines(parsed, failed)
     for name, content in (("table.csv", table(every)), ("table.md", markdown(parsed, every, failed))):
-        work.write_atomically(parsed.folder / name, lambda path, content=content: path.write_text(content, "utf-8"))
+        disk.write_atomically(parsed.folder / name, lambda path, content=content: path.write_text(content, "utf-8"))
     draw(parsed, every, parsed.folder / "table.png")
 
 
@@ -240,7 +240,7 @@ def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
     """Writes a PNG: a panel a column of each block, a point with its spread a row, the paper's hollow."""
     from matplotlib.figure import Figure
 
-    from . import work
+    from . import disk
 
     blocks, rows = _blocks(parsed, every), list(parsed.sweep.rows)
     across = max(len(block.columns) for block in blocks)
@@ -271,4 +271,4 @@ def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
         f"{parsed.sweep.title}\ntop-1 in %, {_NAMES[weights]}, mean ± std (n); hollow: the paper", fontsize=9
     )
     metadata = {"Software": None}  # a version, which is no part of the picture
-    work.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))
+    disk.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))

@@ -5,11 +5,8 @@ that decides its content, made with a generator of its own. A process takes ever
 nothing depends on who made what; a file appears by a rename, so it is there whole or not at all.
 """
 
-import errno
 import hashlib
 import json
-import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,22 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
-from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import std
 from tqdm.auto import tqdm
 
+from .disk import write_atomically
 from .errors import InputError, OtherFailed, OtherStopped
-
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 MINUTE = 60.0  # seconds between two lines of progress in a log
@@ -75,59 +67,6 @@ def generator(seed: int, stage: str, unit: str) -> torch.Generator:
     """A CPU generator that depends on (seed, stage, unit) alone, never on the process or the order of work."""
     digest = hashlib.sha256(f"{seed}/{stage}/{unit}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def temporary(path: Path) -> Path:
-    """A name beside `path` that carries host and process, for writing before a rename."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary name and renames. OSErrors of the disk become an InputError naming `path`."""
-    part = temporary(path)
-    try:
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(part)
-            part.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(part, path)
-    finally:
-        try:
-            part.unlink(missing_ok=True)
-        except OSError:
-            pass  # a read-only disk, reported above
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """OSErrors of the disk inside become an InputError naming `path`."""
-    try:
-        yield
-    except Exception as error:
-        disk = _disk_error(error)
-        if disk is None:
-            raise
-        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
-
-
-def _disk_error(error: Exception) -> str | None:
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-        errno.EROFS: "the disk is read-only; choose another output_dir",
-        errno.EACCES: "no permission; choose another output_dir",
-        errno.EPERM: "no permission; choose another output_dir",
-        errno.ENOTDIR: "a part of the path is a file; choose another output_dir",
-        errno.EEXIST: "a part of the path is a file; choose another output_dir",
-        errno.EFBIG: "the file is larger than this disk or process may write",
-    }
-    if isinstance(error, OSError):
-        return reasons.get(error.errno)
-    # safetensors writes in Rust and reports its I/O errors as text
-    found = [reason for code, reason in reasons.items() if f"os error {code})" in str(error)]
-    return found[0] if found else None
 
 
 class Store:
@@ -279,65 +218,3 @@ def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: st
         progress.path.unlink(missing_ok=True)
     session.wait()
     return len(missing)
-
-
-def sweep(root: Path) -> None:
-    """Removes the temporary files that dead processes of this host left below `root`."""
-    host = socket.gethostname()
-    for path in root.rglob(f".*.{host}.*.tmp"):
-        pid = int(path.name.split(".")[-2])
-        ours = path.name.removesuffix(f".{host}.{pid}.tmp").endswith((".safetensors", ".progress"))  # not rack.host's
-        if ours and not psutil.pid_exists(pid):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def turn(run: Path) -> Iterator[None]:
-    """Waits for its turn to change the results and the card of a finished run: several commands measure one set."""
-    held = FileLock(run / ".results.lock", mode=0o666 & ~_UMASK)
-    with disk_errors(run):
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def _owner(file: Path) -> str:
-    try:
-        other = json.loads(file.read_text())
-    except (OSError, ValueError):  # it has just begun, or just ended
-        other = {"host": "?", "pid": "?", "since": "?"}
-    return f"process {other['pid']} on {other['host']} since {other['since']}"
-
-
-@contextmanager
-def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Keeps `folder` for this process. A second writer is refused with the first one's name; one that gives `waits`
-    tells it of the first, and waits."""
-    owner = folder / ".lock.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder / ".lock")
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            others = f"{folder} is being written by {_owner(owner)}"
-            if waits is None:
-                raise InputError(f"output_dir: {others}; wait for it or choose another output_dir") from None
-            waits(f"{others}; waiting for it")
-            held.acquire()
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
-    except OSError as error:
-        raise InputError(
-            f"output_dir: cannot write {folder}: {_disk_error(error) or error}; choose another output_dir"
-        ) from error
-    try:
-        yield
-    finally:
-        try:
-            owner.unlink(missing_ok=True)
-        except OSError:
-            pass  # the disk went away, which the error under way says
-        held.release()

@@ -15,7 +15,7 @@ import yaml
 from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from toys import write_parquet
 
-from edc_hub import condense, launch, work
+from edc_hub import condense, disk, launch
 
 
 RECIPE = {
@@ -251,7 +251,7 @@ def test_a_finished_run_is_not_replaced_where_its_source_has_other_images_now(tm
 
 
 def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):
-    with work.lock(tmp_path / "run"):
+    with disk.lock(tmp_path / "run"):
         assert f"is being written by process {os.getpid()}" in refused(capsys, arguments(recipe, tmp_path))
 
 

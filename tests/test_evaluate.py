@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, evaluate, feed, judged, launch, teachers, trials, work
+from edc_hub import comparison, disk, evaluate, feed, judged, launch, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.recipe import Images
@@ -493,7 +493,7 @@ def test_a_place_without_a_finished_set_is_one_line(toy_run, tmp_path, capsys):
 
 
 def test_a_comparison_under_way_is_not_disturbed(toy_run, tmp_path, capsys):
-    with work.lock(tmp_path / "out"):
+    with disk.lock(tmp_path / "out"):
         line = refused(capsys, "--dataset", toy_run, *FEW, "--output_dir", tmp_path / "out")
     assert "is being written by process" in line
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from edc_hub import card, recipes, results, showcase, work
+from edc_hub import card, disk, recipes, results, showcase
 
 
 def test_a_prefix_is_the_example_with_a_filter():
@@ -40,8 +40,8 @@ def test_a_command_that_measures_the_same_set_waits_for_its_turn_to_write(datase
     folder = tmp_path / "dataset"
     shutil.copytree(dataset, folder)
     figures = [{"images_per_class": 1, "accuracy": [0.5]}, {"images_per_class": 2, "accuracy": [0.6]}]
-    turn, arrived = work.turn, threading.Event()
-    monkeypatch.setattr(work, "turn", lambda run: (arrived.set(), turn(run))[1])
+    turn, arrived = disk.turn, threading.Event()
+    monkeypatch.setattr(disk, "turn", lambda run: (arrived.set(), turn(run))[1])
     with ThreadPoolExecutor(1) as other:
         with turn(tmp_path):
             writing = other.submit(showcase.publish, folder, figures)

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from helpers_sweep import ENVIRONMENT, MACHINE, SWEEP, arguments, begun, figures, written
 
-from edc_hub import cells, evaluate, sweep, work
+from edc_hub import cells, disk, evaluate, sweep, work
 
 
 FAILING = {"untrained": {"observers": {"train": {"lr": 0.0}}}}  # an observer that sees nothing is refused, late
@@ -169,7 +169,7 @@ def test_a_run_that_another_command_writes_is_waited_for(root, monkeypatch):
     kept, said, report = threading.Event(), threading.Event(), work.Session.report
 
     def other():
-        with work.lock(place):
+        with disk.lock(place):
             kept.set()
             said.wait(60)
 

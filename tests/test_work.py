@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from edc_hub import launch, work
+from edc_hub import disk, launch, work
 from edc_hub.errors import InputError
 from edc_hub.work import Progress, Store, Unit
 
@@ -83,7 +83,7 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path):
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
-        work.write_atomically(tmp_path / "a" / "file", write)
+        disk.write_atomically(tmp_path / "a" / "file", write)
     assert list((tmp_path / "a").iterdir()) == []
 
 
@@ -145,21 +145,21 @@ def test_progress_is_saved_only_when_it_is_due(tmp_path):
 def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
-    mine = work.temporary(tmp_path / "s" / "a.safetensors")
+    mine = disk.temporary(tmp_path / "s" / "a.safetensors")
     mine.parent.mkdir()
     dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{child.pid}."))
     foreign = mine.with_name(f".a.safetensors.rack.{socket.gethostname()}.{child.pid}.tmp")
     for path in (mine, dead, foreign):
         path.touch()
-    work.sweep(tmp_path)
+    disk.sweep(tmp_path)
     assert mine.exists() and foreign.exists() and not dead.exists()
 
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from edc_hub import work
-with work.lock(Path(sys.argv[1])):
+from edc_hub import disk
+with disk.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -169,19 +169,19 @@ def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_ho
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=rf"output_dir: .*process {child.pid} .*choose another output_dir"):
-        with work.lock(tmp_path):
+        with disk.lock(tmp_path):
             pass
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    with work.lock(tmp_path):
+    with disk.lock(tmp_path):
         assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="output_dir: .*part of the path is a file"):
-        with work.lock(tmp_path / "file" / "run"):
+        with disk.lock(tmp_path / "file" / "run"):
             pass
 
 
@@ -310,7 +310,7 @@ def test_torchrun_is_told_what_is_wrong(tmp_path, monkeypatch, capsys):
 
 
 def test_a_lock_without_its_owners_name_is_still_a_lock(tmp_path):
-    with work.lock(tmp_path):
+    with disk.lock(tmp_path):
         (tmp_path / ".lock.json").write_text("")
-        with pytest.raises(InputError, match="is being written by process"), work.lock(tmp_path):
+        with pytest.raises(InputError, match="is being written by process"), disk.lock(tmp_path):
             pass

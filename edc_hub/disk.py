@@ -1,0 +1,134 @@
+"""Files that others see whole or not at all, locks, and what a disk refuses in one line."""
+
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from .errors import InputError
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+def temporary(path: Path) -> Path:
+    """A name beside `path` that carries host and process, for writing before a rename."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write` with a temporary name and renames. OSErrors of the disk become an InputError naming `path`."""
+    part = temporary(path)
+    try:
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(part)
+            part.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
+    finally:
+        try:
+            part.unlink(missing_ok=True)
+        except OSError:
+            pass  # a read-only disk, reported above
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """OSErrors of the disk inside become an InputError naming `path`."""
+    try:
+        yield
+    except Exception as error:
+        disk = _disk_error(error)
+        if disk is None:
+            raise
+        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
+
+
+def _disk_error(error: Exception) -> str | None:
+    reasons = {
+        errno.ENOSPC: "the disk is full; free some space and run the same command again",
+        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
+        errno.EROFS: "the disk is read-only; choose another output_dir",
+        errno.EACCES: "no permission; choose another output_dir",
+        errno.EPERM: "no permission; choose another output_dir",
+        errno.ENOTDIR: "a part of the path is a file; choose another output_dir",
+        errno.EEXIST: "a part of the path is a file; choose another output_dir",
+        errno.EFBIG: "the file is larger than this disk or process may write",
+    }
+    if isinstance(error, OSError):
+        return reasons.get(error.errno)
+    # safetensors writes in Rust and reports its I/O errors as text
+    found = [reason for code, reason in reasons.items() if f"os error {code})" in str(error)]
+    return found[0] if found else None
+
+
+def sweep(root: Path) -> None:
+    """Removes the temporary files that dead processes of this host left below `root`."""
+    host = socket.gethostname()
+    for path in root.rglob(f".*.{host}.*.tmp"):
+        pid = int(path.name.split(".")[-2])
+        ours = path.name.removesuffix(f".{host}.{pid}.tmp").endswith((".safetensors", ".progress"))  # not rack.host's
+        if ours and not psutil.pid_exists(pid):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def turn(run: Path) -> Iterator[None]:
+    """Waits for its turn to change the results and the card of a finished run: several commands measure one set."""
+    held = FileLock(run / ".results.lock", mode=0o666 & ~_UMASK)
+    with disk_errors(run):
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _owner(file: Path) -> str:
+    try:
+        other = json.loads(file.read_text())
+    except (OSError, ValueError):  # it has just begun, or just ended
+        other = {"host": "?", "pid": "?", "since": "?"}
+    return f"process {other['pid']} on {other['host']} since {other['since']}"
+
+
+@contextmanager
+def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Keeps `folder` for this process. A second writer is refused with the first one's name; one that gives `waits`
+    tells it of the first, and waits."""
+    owner = folder / ".lock.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / ".lock")
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            others = f"{folder} is being written by {_owner(owner)}"
+            if waits is None:
+                raise InputError(f"output_dir: {others}; wait for it or choose another output_dir") from None
+            waits(f"{others}; waiting for it")
+            held.acquire()
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
+    except OSError as error:
+        raise InputError(
+            f"output_dir: cannot write {folder}: {_disk_error(error) or error}; choose another output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        try:
+            owner.unlink(missing_ok=True)
+        except OSError:
+            pass  # the disk went away, which the error under way says
+        held.release()
