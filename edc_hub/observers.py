@@ -244,7 +244,6 @@ def _settle(average: Network, batches: Iterator[Tensor], session: Session) -> No
     """Takes the statistics of BatchNorm layers anew, for averaged weights: those of the live ones are not theirs."""
     with session.autocast():
         update_bn((_pixels(images, session) for images in batches), average)
-    average.eval()
 
 
 def _state(step: int, training: Training, kept: dict[int, State]) -> State:
