@@ -14,7 +14,7 @@ from . import arguments, documents, keys, recipes, rules
 from .errors import InputError
 from .protocol import Evaluation, Student
 from .recipe import Source
-from .section import Count, Positive, Rate, Section
+from .section import Count, Positive, Rate, Section, Threads
 
 
 if TYPE_CHECKING:  # torch is imported once the keys are known to be right
@@ -46,7 +46,7 @@ class Comparison(Section):
     source: Source = Field(Source(), description="the real set, as the condensed set's recipe has it")
     evaluation: Evaluation = Field(Evaluation(), description="protocol, as the condensed set's recipe has it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
-    threads: Positive | None = Field(None, description="CPU threads a process; cores / local processes when not given")
+    threads: Threads | None = Field(None, description="CPU threads a process; cores / local processes when not given")
     checkpoint_seconds: Rate = Field(60.0, description="seconds between the saves inside a long unit of work")
     output_dir: str | None = Field(None, description="run folder; evaluation/ beside the set when not given")
 

@@ -233,9 +233,11 @@ class CondensedSet:
     @cached_property
     def run(self) -> Path | None:
         """The run folder that this set lies in, where it is one's own; None for a set on its own."""
-        folder = self._fetch("manifest.json")
-        run = folder.parents[2] if folder.parent.name == "random" else folder.parent
-        run = run.parent if run.name == "controls" else run
+        folder = self._fetch("manifest.json")  # RUN/dataset, RUN/controls/initial, RUN/controls/random/0
+        above = {None: 0, "initial": 1, "random": 2}[self.manifest["control"]]
+        if len(folder.parents) <= above:
+            return None
+        run = folder.parents[above]
         return run if (run / "recipe.yaml").is_file() and (run / "dataset").is_dir() else None
 
     @cached_property
@@ -254,6 +256,8 @@ class CondensedSet:
         for file in files:
             if not file.is_file():
                 raise InputError(f"{file}: missing, though manifest.json names it; load or write the set again")
+            if file.stat().st_size != self.manifest["files"][str(file.relative_to(folder))]["bytes"]:
+                raise InputError(f"{file}: not of the size that manifest.json says; load or write the set again")
         return [str(file) for file in files]
 
     def sizes(self, labels: str) -> dict[str, int]:

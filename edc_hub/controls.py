@@ -51,10 +51,8 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], 
     made = condensed.manifest
     if condensed.published_observers is None:
         return "it lies beside the run that made the set, and the observers are not published"
-    size = condensed.source_size
-    then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
-    if made["source"]["fingerprint"] != then.fingerprint:
-        return f"{then.id} has other images here than the set was condensed from"
+    if other := other_images(condensed, real, section):
+        return other
     if kind == "random":
         return None
     if made.get("origin") or (condensed.source_rows < 0).any():
@@ -62,6 +60,15 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], 
     if recipes.resolve(condensed.recipe).initialize.kind == "rded":
         return "the images start from crops, and only their rows are known"
     return None
+
+
+def other_images(condensed: CondensedSet, real: Callable[[], "RealSet"], section: Source) -> str | None:
+    """What is wrong where the real set here is not the one that this set was condensed from; else None."""
+    size = condensed.source_size
+    then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
+    if condensed.manifest["source"]["fingerprint"] == then.fingerprint:
+        return None
+    return f"{then.id} has other images here than the set was condensed from"
 
 
 def _make(

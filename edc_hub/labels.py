@@ -181,7 +181,7 @@ def _label_epoch(
     order = canvas.turn(torch.randperm(count, generator=generator), epoch, grid)
     batches = order[_filled(count, section)].split(section.batch)  # a batch is what is mixed
     table = views.join([views.sample(section, ids, size, generator, epoch=epoch) for ids in batches])
-    labels = _labelled(pictures, table, teach, section).half()
+    labels = _half(_labelled(pictures, table, teach, section))
     return views.take({**table, "soft_label": labels}, slice(count))
 
 
@@ -199,7 +199,18 @@ def _images_themselves(
     found = _labelled(pictures, table, teach, section)[:count]
     labels = torch.empty_like(found)
     labels[order] = found
-    return labels.unflatten(0, (-1, grid**2)).mean(1).half()
+    return _half(labels.unflatten(0, (-1, grid**2)).mean(1))
+
+
+def _half(labels: Tensor) -> Tensor:
+    """float16. Raises InputError for what that cannot hold."""
+    found = labels.half()
+    if not found.isfinite().all():
+        raise InputError(
+            "relabel.observers: their mean logits are no numbers or pass 65504, where float16 ends; check their "
+            "weights, or train them with a lower observers.train.lr"
+        )
+    return found
 
 
 def _labelled(pictures: Tensor, table: ViewTable, teach: Teacher, section: Relabel) -> Tensor:

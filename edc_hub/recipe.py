@@ -24,6 +24,7 @@ from .section import (
     Positive,
     Rate,
     Section,
+    Threads,
     Train,
     ViewSettings,
     refuse_twins,
@@ -244,7 +245,7 @@ class Recipe(Section):
         "float32", description="arithmetic of the networks on an accelerator; moments are always float32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
-    threads: Positive | None = Field(None, description="CPU threads a process; cores / local processes when not given")
+    threads: Threads | None = Field(None, description="CPU threads a process; cores / local processes when not given")
     checkpoint_seconds: Rate = Field(60.0, description="seconds between the saves inside a long unit of work")
     output_dir: str | None = Field(None, description="run folder; runs/<name>-<method>-ipc<ipc> when not given")
     source: Source = Field(Source(), description="the real set")

@@ -31,8 +31,9 @@ def _protocol(section: Evaluation) -> Iterator[str]:
     if not section.students:
         yield "evaluation.students: an empty list; name one, e.g. [resnet18]"
     names = [student_name(student) for student in section.students]
-    for name in names:
-        if names.count(name) > 1:
+    files = [name.replace("/", "-") for name in names]
+    for name, file in zip(names, files, strict=True):
+        if files.count(file) > 1:
             yield f"evaluation.students: '{name}' is given twice; give each its own name"
     for name, student in named_students(section).items():
         each = of_student(section, name, student.arch)

@@ -15,6 +15,7 @@ def _ascending(area: list[float]) -> list[float]:
 Positive = Annotated[int, Field(ge=1)]
 Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
 Count = Annotated[int, Field(ge=0)]
+Threads = Annotated[int, Field(ge=1, le=1024)]  # torch ends in a crash where there are too many
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 Decay = Annotated[float, Field(ge=0, lt=1)]

@@ -158,6 +158,8 @@ def train(
                 bar.update()
             history[epoch] = torch.tensor([total.item() / feed.steps, lr])
             loss = history[epoch, 0].item()
+            if not math.isfinite(loss):  # its predictions would be the first class
+                raise InputError(f"evaluation.lr: the loss of {label} is no number in epoch {epoch + 1}; lower it")
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.2g}", refresh=False)
             if epoch + 1 in points and epoch + 1 < section.epochs:
                 live, averaged = learner.predict(test[0], feed, generator(seed, STAGE, f"clean {epoch}"))
@@ -214,6 +216,7 @@ class Learner(Training):
         if self.average is None:
             return live, live.clone()  # two tensors of one file share no memory
         if self.section.ema.bn == "reestimated":
+            torch.manual_seed(rng.initial_seed())  # of dropout, also where a resumed training has no epoch left
             with self.autocast():  # the next step copies the live network's buffers again
                 update_bn((x.to(memory_format=self.layout) for x in feed.clean(rng)), self.average.module)
         return live, self._predict(self.average.module, images)

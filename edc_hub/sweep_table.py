@@ -42,7 +42,7 @@ def lines(parsed: Parsed, failed: dict[str, Exception]) -> list[Line]:
         for student in named_students(cell.recipe.evaluation):
             paper = published.reported(parsed.sweep.paper, cell.row, cell.column, student)
             where = (cell.row, cell.column, student)
-            if results is None:
+            if results is None or cell.place in failed:
                 missing = "failed" if cell.place in failed else "not yet"
                 found.append(Line(*where, "set", missing, 0, {}, None, "", paper))
                 continue
@@ -56,8 +56,10 @@ def lines(parsed: Parsed, failed: dict[str, Exception]) -> list[Line]:
 
 
 def _results(cell: Cell) -> dict[str, Any] | None:
-    file = cell.folder / "results.json"
-    return json.loads(file.read_text("utf-8")) if file.is_file() else None
+    try:
+        return json.loads((cell.folder / "results.json").read_text("utf-8"))
+    except (OSError, ValueError):  # not there yet, or damaged: evaluated again
+        return None
 
 
 # Tables
@@ -260,15 +262,22 @@ def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
                     mean, std = (100 * (line.figures[weights][key] or 0) for key in ("mean", "std"))
                     axis.errorbar(mean, place, xerr=std, fmt="o", color="#0072b2", capsize=2, markersize=5)
                 beside = " | ".join(filter(None, [_ours(line, weights), _theirs(line.paper)]))
-                axis.text(1.02, place, beside, transform=axis.get_yaxis_transform(), va="center", fontsize=7)
-            axis.set_title(", ".join(filter(None, [block.title, heading])), loc="left", fontsize=9)
-            axis.set_yticks(range(len(rows)), rows, fontsize=8)
+                axis.text(
+                    1.02,
+                    place,
+                    beside,
+                    transform=axis.get_yaxis_transform(),
+                    va="center",
+                    fontsize=7,
+                    parse_math=False,
+                )
+            axis.set_title(", ".join(filter(None, [block.title, heading])), loc="left", fontsize=9, parse_math=False)
+            axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="x", color="0.92", linewidth=0.8)
             axis.tick_params(labelsize=8, color="0.6")
             axis.set_ylim(len(rows) - 0.5, -0.5)  # the first row on top
-    figure.suptitle(
-        f"{parsed.sweep.title}\ntop-1 in %, {_NAMES[weights]}, mean ± std (n); hollow: the paper", fontsize=9
-    )
+    said = f"{parsed.sweep.title}\ntop-1 in %, {_NAMES[weights]}, mean ± std (n); hollow: the paper"
+    figure.suptitle(said, fontsize=9, parse_math=False)
     metadata = {"Software": None}  # a version, which is no part of the picture
     disk.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))

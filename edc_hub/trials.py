@@ -110,13 +110,20 @@ class Bench:
     def trials(self) -> list[Trial]:
         """Every trial of the comparison. Rows that cannot be had are noted in `unavailable`."""
         wanted, seeds = self.comparison.controls, self.comparison.seeds
-        found = []
+        found, real = [], True
+        if "real" in wanted or self.comparison.upper_bound:
+            other = controls.other_images(self.sets[0], lambda: self.real, self._source(self.size))
+            real = other is None
+            rows = dict.fromkeys(("real_mixed", "real_unmixed", "upper_bound"), other)
+            self.unavailable |= {} if real else {row: reason for row, reason in rows.items() if self._asked(row)}
         for name, section in self.sections.items():
             for number, condensed in enumerate(self.sets):
                 rows = [("set", condensed)]
                 if "initial" in wanted:
                     rows += [("initial", control) for control in self._controls(condensed, "initial")]
-                kinds = [kind for kind in ("hard", "real") if kind in wanted]
+                kinds = ["hard"] if "hard" in wanted else []
+                if "real" in wanted and real and number == 0:  # drawn by the student's seed: the same for every set
+                    kinds.append("real")
                 if section.labels == "hard" and "hard" in kinds:
                     kinds.remove("hard")
                     self.unavailable |= dict.fromkeys(("hard_mixed", "hard_unmixed"), "the set's own labels are hard")
@@ -127,13 +134,16 @@ class Bench:
                         rows.append((f"{kind}_mixed", condensed))
                     else:
                         self.unavailable[f"{kind}_mixed"] = "the protocol mixes no views"
-                if self.comparison.upper_bound and number == 0:
+                if self.comparison.upper_bound and real and number == 0:
                     rows.append(("upper_bound", condensed))
                 found += [Trial(row, name, number, 0, seed, images) for row, images in rows for seed in seeds]
                 if "random" in wanted:  # a draw is a seed in itself
                     for draw, control in enumerate(self._controls(condensed, "random")):
                         found.append(Trial("random", name, number, draw, seeds[draw % len(seeds)], control))
         return found
+
+    def _asked(self, row: str) -> bool:
+        return self.comparison.upper_bound if row == "upper_bound" else "real" in self.comparison.controls
 
     def _controls(self, condensed: CondensedSet, kind: str) -> list[CondensedSet]:
         section, folder = self._source(self.size), self.folder / "controls" / condensed.manifest["fingerprint"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from helpers_evaluation import STUDENT
 
-from edc_hub import comparison, documents, keys, recipes
+from edc_hub import CondensedSet, comparison, documents, keys, recipes
 from edc_hub.errors import InputError
 from edc_hub.protocol import Evaluation, of_student
 
@@ -128,6 +128,15 @@ def test_lists_may_be_written_with_commas(ask):
     assert ask("--controls", "[]").comparison.controls == []
 
 
+@pytest.mark.parametrize("name", ["random", "controls"])
+def test_a_run_may_be_called_like_a_folder_of_controls(toy_run, tmp_path, name):
+    shutil.copytree(toy_run, tmp_path / name)
+    found = CondensedSet.load(tmp_path / name / "dataset")
+    assert found.run == tmp_path / name
+    for control in [*(tmp_path / name / "controls/random").iterdir(), tmp_path / name / "controls/initial"]:
+        assert CondensedSet.load(control).run == tmp_path / name
+
+
 def test_a_run_its_dataset_folder_and_a_dot_name_the_same_set(toy_run, monkeypatch):
     monkeypatch.chdir(toy_run / "dataset")
     for place in (toy_run, toy_run / "dataset", "."):
@@ -188,6 +197,10 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
         ),
         ("--evaluation.students []", "evaluation.students: an empty list; name one, e.g. [resnet18]"),
         ("--evaluation.students convnet3,convnet3", "evaluation.students: 'convnet3' is given twice"),
+        (  # one file for both
+            '--students ["timm/test_vit2",{"name":"timm-test_vit2","arch":"timm/test_vit2"}]',
+            "evaluation.students: 'timm/test_vit2' is given twice",
+        ),
         ("--evaluation.students [{args:{}}]", "evaluation.students[0]"),
         ("--evaluation.loss ce", "evaluation.loss: ce does not go with labels: stored; write labels: hard"),
         (

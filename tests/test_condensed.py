@@ -300,6 +300,14 @@ def test_a_set_with_a_missing_file_is_refused(session, tmp_path):
         _ = CondensedSet.load(folder).images
 
 
+def test_a_set_with_a_file_cut_short_is_refused(session, tmp_path):
+    folder = written(tmp_path / "dataset", session)
+    file = folder / "images/train-00000-of-00001.parquet"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(InputError, match="train-00000-of-00001.parquet: not of the size"):
+        _ = CondensedSet.load(folder).images
+
+
 def test_a_label_epoch_that_is_not_there_is_refused(dataset):
     for epoch in (-1, 2):
         with pytest.raises(InputError, match="give 0 to 1"):

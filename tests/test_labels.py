@@ -1,5 +1,6 @@
 """Soft labels: what the numbers are, that replay gives them again, that work is resumed and shared."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,6 +11,7 @@ import torch
 from helpers_labels import Observers, noise, recipe
 
 from edc_hub import labels, views, work
+from edc_hub.errors import InputError
 from edc_hub.work import Store
 
 
@@ -38,6 +40,15 @@ def test_labels_are_the_mean_of_raw_logits_of_the_replayed_views(session):
         want = logits(observers.networks.values(), views.apply(IMAGES, table, 16))
         torch.testing.assert_close(soft.double(), want, atol=1e-6, rtol=2**-10)
         assert want.abs().max() > 1  # raw, not a probability
+
+
+@pytest.mark.parametrize("factor", [1e5, math.nan])
+def test_logits_that_float16_cannot_hold_are_refused(session, factor):
+    observers = Observers(5)
+    with torch.no_grad():
+        list(observers.networks["b"].parameters())[-1].add_(factor)
+    with pytest.raises(InputError, match="relabel.observers: their mean logits are no numbers or pass 65504"):
+        made(session, {}, observers=observers)
 
 
 def test_replayed_pixels_give_the_stored_labels_to_the_bit_in_the_same_batches(session):

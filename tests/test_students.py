@@ -58,7 +58,7 @@ def section(**values) -> Evaluation:
 
 
 def trained(session, tmp_path, network=None, feed=None, **values) -> students.Trained:
-    options = {key: values.pop(key) for key in ("curve_points", "seed") if key in values}
+    options = {key: values.pop(key) for key in ("curve_points", "seed", "label") if key in values}
     given = section(**values)
     progress = Progress(tmp_path / "student.progress", 0.0)
     options = {"seed": 1, "curve_points": 0, "progress": progress} | options
@@ -240,6 +240,29 @@ def test_a_resumed_training_is_an_undisturbed_one_to_the_bit(session, tmp_path, 
     assert all(torch.equal(value, state[name]) for name, value in last.state_dict().items())
     again = run(toy(seed=6), drawn(), curve_points=3, progress=progress)  # killed after the last epoch
     assert torch.equal(again.live, want.live) and torch.equal(again.ema, want.ema)
+
+
+def test_an_average_with_statistics_of_its_own_is_the_same_after_a_kill_in_the_last_prediction(session, tmp_path):
+    def noisy(seed):
+        """Dropout before BatchNorm, which statistics depend on."""
+        network = toy(seed)
+        network.module.insert(0, nn.Dropout(0.5))
+        return network
+
+    progress = Progress(tmp_path / "x.progress", 0.0)
+    values = section(ema={"decay": 0.5, "bn": "reestimated"})
+    run = partial(
+        students.train, test=TEST, section=values, session=session, seed=1, curve_points=0, progress=progress
+    )
+    want = run(noisy(0), drawn())
+    torch.manual_seed(7)
+    found = run(noisy(1), drawn())  # no epoch is left
+    assert torch.equal(found.live, want.live) and torch.equal(found.ema, want.ema)
+
+
+def test_a_student_whose_loss_is_no_number_is_no_result(session, tmp_path):
+    with pytest.raises(InputError, match="evaluation.lr: the loss of toy set is no number in epoch 1; lower it"):
+        trained(session, tmp_path, lr=1e30, label="toy set")
 
 
 def test_a_training_depends_on_its_seed_and_leaves_the_global_generator_alone(session, tmp_path):

@@ -15,7 +15,8 @@ import pytest
 import yaml
 from helpers_sweep import ENVIRONMENT, MACHINE, SWEEP, arguments, begun, figures, written
 
-from edc_hub import cells, disk, evaluate, sweep, work
+from edc_hub import cells, disk, evaluate, sweep, sweep_table, work
+from edc_hub.errors import InputError
 
 
 FAILING = {"untrained": {"observers": {"train": {"lr": 0.0}}}}  # an observer that sees nothing is refused, late
@@ -80,6 +81,19 @@ def test_the_same_command_again_makes_nothing_and_says_the_same(whole, capsys):
     assert sweep.main(arguments(whole.file, whole.folder)) == 0
     assert capsys.readouterr().out == whole.out and before == stamps(whole.runs, *stages(whole.runs))
     assert tables == {name: (whole.folder / name).read_text() for name in tables}
+
+
+def test_a_cell_that_fails_now_shows_none_of_its_old_figures_and_a_damaged_file_counts_for_none(whole):
+    parsed = cells.parse(arguments(whole.file, whole.folder))
+    lines = sweep_table.lines(parsed, {parsed.cells[0].place: InputError("other images")})
+    assert [line.missing for line in lines] == ["failed", "", "", ""]
+    place = parsed.cells[1].folder / "results.json"
+    text = place.read_text()
+    place.write_text(text[:100])
+    try:
+        assert [line.missing for line in sweep_table.lines(parsed, {})] == ["", "not yet", "", ""]
+    finally:
+        place.write_text(text)
 
 
 def test_what_differs_in_the_evaluation_alone_is_condensed_once(whole):
@@ -190,7 +204,9 @@ def test_a_run_that_another_command_writes_is_waited_for(root, monkeypatch):
 
 
 def test_a_cell_that_fails_is_named_and_the_others_are_done(root, capsys):
-    file = written(root, "failing", rows={**FAILING, "two": {}}, columns={}, paper=None, set_seeds=[0], seeds=[0])
+    title = "what $^$ matplotlib would take for mathematics"
+    changes = {"columns": {}, "paper": None, "set_seeds": [0], "seeds": [0], "title": title}
+    file = written(root, "failing", rows={**FAILING, "two": {}}, **changes)
     folder = root / "runs/failing"
     assert sweep.main(arguments(file, folder)) == 2
     out, err = capsys.readouterr()
