@@ -38,10 +38,15 @@ def find(
     the set is of, as `section` has it; asked only where controls are made.
     """
     if condensed.run is not None:
-        places = pictures.control_folders(condensed.run, kind)
-        foreign = kind == "initial" and condensed.manifest.get("origin")
-        reason = _NO_REAL_ONES if foreign else "the run wrote none (relabel.controls)"
-        return [CondensedSet.load(place) for place in places], reason
+        if kind == "initial" and condensed.manifest.get("origin"):
+            return [], _NO_REAL_ONES
+        beside = [CondensedSet.load(place) for place in pictures.control_folders(condensed.run, kind)]
+        found = [each for each in beside if each.manifest["recipe_sha256"] == condensed.manifest["recipe_sha256"]]
+        asked = recipes.resolve(condensed.recipe).relabel
+        wanted = asked.controls * (asked.random_draws if kind == "random" else 1)
+        if len(found) < wanted:
+            return [], f"{len(found)} of {wanted} are there: the run is not finished, its command goes on with it"
+        return found, "the run wrote none (relabel.controls)"
     reason = _why_not(condensed, kind, real, section)
     return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
 

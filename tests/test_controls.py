@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from helpers_evaluation import MACHINE, condensed
 from safetensors.torch import save_file
 
-from edc_hub import comparison, documents, evaluate, observers, recipes, source
+from edc_hub import comparison, controls, documents, evaluate, observers, recipes, source
 from edc_hub.condensed import CondensedSet
 from edc_hub.work import Session, Store
 
@@ -101,3 +102,12 @@ def test_images_that_started_from_noise_have_no_initial_real_ones(alone, toy_run
     assert found == {"initial": "the images start from no real ones"} | {
         key: value for key, value in found.items() if key not in ("initial", "random")
     }
+
+
+def test_controls_of_another_recipe_or_of_an_unfinished_run_are_not_taken_for_the_sets(toy_run, tmp_path):
+    shutil.copytree(toy_run, tmp_path / "run")
+    ask = partial(controls.find, CondensedSet.load(tmp_path / "run" / "dataset"), "initial", *[None] * 4)
+    assert len(ask()[0]) == 1
+    manifest = tmp_path / "run/controls/initial/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"recipe_sha256": "of another"}))
+    assert ask() == ([], "0 of 1 are there: the run is not finished, its command goes on with it")

@@ -42,7 +42,7 @@ def test_labels_are_the_mean_of_raw_logits_of_the_replayed_views(session):
         assert want.abs().max() > 1  # raw, not a probability
 
 
-@pytest.mark.parametrize("factor", [1e5, math.nan])
+@pytest.mark.parametrize("factor", [3e5, math.nan])
 def test_logits_that_float16_cannot_hold_are_refused(session, factor):
     observers = Observers(5)
     with torch.no_grad():
