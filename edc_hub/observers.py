@@ -288,7 +288,7 @@ def _report(given: recipe.Recipe, observers: Observers, session: Session, names:
         label = recipe.title(name, epoch)
         session.report(f"  {label:<24}{accuracy:>8.1%} of the training images  {facts['arch']}, {facts['stem']} stem")
         if accuracy < (least := least_accuracy(classes)):
-            trained = ", or its lr, epochs and ema" if epoch else ""
+            trained = ", or its lr and epochs (and ema)" if epoch else ""
             raise InputError(
                 f"observers.networks: {label} is right on {accuracy:.1%} of the training images, below {least:.1%} "
                 f"({classes} classes); check mean {facts['mean']}, std {facts['std']}, input_size and stem "
