@@ -9,8 +9,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, gather_object
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import std
@@ -87,19 +86,28 @@ class Store:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_atomically(self.path(unit), lambda path: save_file(tensors, path, metadata=facts))
 
-    @contextmanager
-    def open(self, unit: Unit) -> Iterator[Any]:
-        """The safetensors handle: `.keys()`, `.get_tensor(name)`, `.get_slice(name)[a:b]`."""
-        with safe_open(self.path(unit), "pt") as file:
-            yield file
+    def open(self, unit: Unit) -> safe_open:
+        """The safetensors handle, for `with`: `.keys()`, `.get_tensor(name)`, `.get_slice(name)[a:b]`."""
+        return _open(self.path(unit))
 
     def load(self, unit: Unit) -> dict[str, Tensor]:
-        with self.open(unit) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return _tensors(self.path(unit))
 
     def facts(self, unit: Unit) -> dict:
         with self.open(unit) as file:
             return json.loads(file.metadata()["facts"])
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise InputError(f"{path}: no whole file ({error}); remove it and give the same command again") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    with _open(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 class Kept(Store):
@@ -126,10 +134,7 @@ class Progress:
         self.path, self.seconds, self.last = path, seconds, time.monotonic()
 
     def load(self) -> dict[str, Tensor] | None:
-        if not self.path.exists():
-            return None
-        with safe_open(self.path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
+        return _tensors(self.path) if self.path.exists() else None
 
     def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Saves `state()` if a save is due."""

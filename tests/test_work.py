@@ -77,6 +77,15 @@ def test_a_unit_reads_back_with_its_facts(session):
     assert session.store.facts(unit) == {"unit": "unit-0"}
 
 
+def test_a_damaged_file_is_named_with_what_to_do(session):
+    work.run(units(1), draw, session, seed=0, label="x")
+    path = session.store.path(units(1)[0])
+    path.write_bytes(path.read_bytes()[:-1])
+    for read in (session.store.load, session.store.facts, lambda _: Progress(path, 0.0).load()):
+        with pytest.raises(InputError, match=f"{path}: no whole file .*; remove it and give the same command again"):
+            read(units(1)[0])
+
+
 def test_a_failed_write_leaves_no_file_behind(tmp_path):
     def write(path):
         path.write_text("half")
