@@ -24,11 +24,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write` with a temporary name and renames. OSErrors of the disk become an InputError naming `path`."""
+def write_atomically(path: Path, write: Callable[[Path], None], key: str = "output_dir") -> None:
+    """Calls `write` with a temporary name and renames. OSErrors of the disk are said as `disk_errors` says them."""
     part = temporary(path)
     try:
-        with disk_errors(path):
+        with disk_errors(path, key):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(part)
             part.chmod(0o666 & ~_UMASK)  # safetensors makes files that only their owner may read
@@ -43,26 +43,26 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """OSErrors of the disk inside become an InputError naming `path`."""
+def disk_errors(path: Path, key: str = "output_dir") -> Iterator[None]:
+    """OSErrors of the disk inside become an InputError naming `path`, and `key` that says where it lies."""
     try:
         yield
     except Exception as error:
-        disk = _disk_error(error)
+        disk = _disk_error(error, key)
         if disk is None:
             raise
-        raise InputError(f"output_dir: cannot write {path}: {disk}") from error
+        raise InputError(f"{key}: cannot write {path}: {disk}") from error
 
 
-def _disk_error(error: Exception) -> str | None:
+def _disk_error(error: Exception, key: str = "output_dir") -> str | None:
     reasons = {
         errno.ENOSPC: "the disk is full; free some space and run the same command again",
         errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-        errno.EROFS: "the disk is read-only; choose another output_dir",
-        errno.EACCES: "no permission; choose another output_dir",
-        errno.EPERM: "no permission; choose another output_dir",
-        errno.ENOTDIR: "a part of the path is a file; choose another output_dir",
-        errno.EEXIST: "a part of the path is a file; choose another output_dir",
+        errno.EROFS: f"the disk is read-only; choose another {key}",
+        errno.EACCES: f"no permission; choose another {key}",
+        errno.EPERM: f"no permission; choose another {key}",
+        errno.ENOTDIR: f"a part of the path is a file; choose another {key}",
+        errno.EEXIST: f"a part of the path is a file; choose another {key}",
         errno.EFBIG: "the file is larger than this disk or process may write",
     }
     if isinstance(error, OSError):

@@ -22,7 +22,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from . import pixels
-from .disk import write_atomically
+from .disk import disk_errors, write_atomically
 from .errors import InputError
 from .pixels import View
 
@@ -189,10 +189,11 @@ class RealSet:
         wanted = np.unique(rows.numpy())
         digest = hashlib.sha256(self.fingerprint.encode() + wanted.tobytes()).hexdigest()[:16]
         path = self.cache / f"rows-{digest}.arrow"
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                write_atomically(path, lambda part: self._copy(wanted, part))
+        with disk_errors(path, "HF_HOME"):
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                if not path.exists():
+                    write_atomically(path, lambda part: self._copy(wanted, part), "HF_HOME")
         self._kept = wanted, Stored(datasets.Dataset.from_file(str(path)), "image")
 
     def _copy(self, rows: np.ndarray, path: Path) -> None:

@@ -214,6 +214,14 @@ class Counting:
         return self.dataset.iter(batch_size)
 
 
+def test_rows_of_a_stream_that_cannot_be_kept_are_the_users_error(larger, tmp_path):
+    real = open_set(larger, streaming=True)
+    (tmp_path / "file").write_text("")
+    real.cache = tmp_path / "file" / "streams"
+    with pytest.raises(InputError, match="HF_HOME: cannot write .*; choose another HF_HOME"):
+        real.keep(torch.tensor([3, 1]))
+
+
 def test_a_stream_passes_once_for_ascending_ranges_and_once_for_rows_in_any_order(larger, monkeypatch):
     monkeypatch.setattr(realset, "PART", 8)
     real, stored = open_set(larger, streaming=True), open_set(larger)
