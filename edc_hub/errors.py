@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What an error of a library says first, for a message of one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 class OtherFailed(RuntimeError):

@@ -17,7 +17,7 @@ import torchvision
 from torch import Tensor, nn
 
 from .architectures import ConvNet, WideResNet, convnext_tiny, deit_tiny, mobilenet_v2, swin_tiny, vgg11_bn
-from .errors import InputError
+from .errors import InputError, first_line
 
 
 if TYPE_CHECKING:
@@ -77,16 +77,13 @@ class Network(nn.Module):
         )
 
 
+_TORCHVISIONS = (
+    "resnet18", "resnet50", "resnet101", "efficientnet_b0", "shufflenet_v2_x0_5", "alexnet", "densenet121",
+)  # fmt: skip
 OURS: dict[str, Callable[..., nn.Module]] = {
-    "resnet18": torchvision.models.resnet18,
-    "resnet50": torchvision.models.resnet50,
-    "resnet101": torchvision.models.resnet101,
-    "mobilenet_v2": mobilenet_v2,
-    "efficientnet_b0": torchvision.models.efficientnet_b0,
-    "shufflenet_v2_x0_5": torchvision.models.shufflenet_v2_x0_5,
+    **{name: getattr(torchvision.models, name) for name in _TORCHVISIONS},
     "shufflenet_v2": torchvision.models.shufflenet_v2_x0_5,  # the width of the paper
-    "alexnet": torchvision.models.alexnet,
-    "densenet121": torchvision.models.densenet121,
+    "mobilenet_v2": mobilenet_v2,
     "wrn_16_2": WideResNet,
     "convnet": ConvNet,
     "convnet3": lambda **given: ConvNet(depth=3, **given),
@@ -129,31 +126,16 @@ def build(
     facts = {"arch": arch, "args": args, "stem": stem, "classes": classes, "image_size": image_size}
     facts |= {"mean": [float(m) for m in mean], "std": [float(s) for s in std]}
     network = Network(module, facts | {"input_size": size if arch in ONE_SIZE else input_size})
-    _check(network)
+    check(network, image_size, "give it another input_size")
     return network
 
 
-def described(
-    given: "Section | Student",
-    classes: int,
-    *,
-    seed: int,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Network:
-    """The network that a recipe describes, as `build` makes it; `mean` and `std` where it names none of its own."""
-    return build(
-        given.arch,
-        classes,
-        seed=seed,
-        image_size=image_size,
-        mean=getattr(given, "mean", None) or mean,
-        std=getattr(given, "std", None) or std,
-        args=given.args,
-        stem=given.stem,
-        input_size=given.input_size,
-    )
+def described(given: "Section | Student", classes: int, *, seed: int, **face: Any) -> Network:
+    """The network that a recipe describes, as `build` makes it; `face` is image_size, mean and std, the last two where
+    it names none of its own."""
+    face |= {key: own for key in ("mean", "std") if (own := getattr(given, key, None))}
+    own = {"args": given.args, "stem": given.stem, "input_size": given.input_size}
+    return build(given.arch, classes, seed=seed, **own, **face)
 
 
 def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: bool) -> nn.Module:
@@ -176,10 +158,10 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: 
             return transformers().AutoModelForImageClassification.from_config(_config(name, classes, args))
         elif library != "torchvision":
             known, name, library = list(OURS), arch, ""
-    except (TypeError, ValueError, AssertionError, IndexError, RuntimeError, ImportError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{arch}: {error}") from None
-        raise InputError(f"{arch}: args {args} do not fit: {_line(error)}; remove or correct them") from error
+    except InputError as error:
+        raise InputError(f"{arch}: {error}") from None
+    except Exception as error:  # each library says in its own way that arguments are wrong
+        raise InputError(f"{arch}: args {args} do not fit: {first_line(error)}; remove or correct them") from error
     near = [f"{library}/{n}" if library else n for n in difflib.get_close_matches(name, known, 3)]
     near = near or [*OURS, "timm/…", "torchvision/…", "transformers/…"]
     raise InputError(f"arch: no network '{arch}'; did you mean one of: {', '.join(near)}")
@@ -212,7 +194,7 @@ def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
         return configs.from_pretrained(name, num_labels=classes, **args)
     except OSError as error:
         raise InputError(
-            f"no configuration in '{name}' ({_line(error)}); give a model type, a Hub id or a local folder"
+            f"no configuration in '{name}' ({first_line(error)}); give a model type, a Hub id or a local folder"
         ) from error
     except StrictDataclassError as error:
         raise TypeError(" ".join(str(error).split())) from error
@@ -227,12 +209,12 @@ def small_stem(module: nn.Module) -> bool:
     if not convs or convs[0][1].stride[0] == 1 or convs[0][1].kernel_size[0] <= convs[0][1].stride[0]:
         return False
     name, old = convs[0]
-    new = nn.Conv2d(old.in_channels, old.out_channels, 3, 1, 1, bias=old.bias is not None)
     if old.kernel_size == (3, 3):
-        new.load_state_dict(old.state_dict())
+        old.stride = old.padding = (1, 1)  # in place: it may be of a kind with parameters of its own
     else:
+        new = nn.Conv2d(old.in_channels, old.out_channels, 3, 1, 1, bias=old.bias is not None)
         nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    module.set_submodule(name, new)
+        module.set_submodule(name, new)
     seen = 0
     for name, part in module.named_modules():
         seen += isinstance(part, nn.Conv2d)
@@ -259,16 +241,17 @@ def _apply_stem(module: nn.Module, arch: str, stem: str, small: bool) -> str:
     return "standard"
 
 
-def _check(network: Network) -> None:
-    """One grey image through the network, so that a size it cannot take is refused now and not in mid-work."""
+def check(network: Network, size: int, remedy: str) -> None:
+    """One grey image of `size` pixels a side through the network, so that a size it cannot take is refused now and not
+    in mid-work. Raises InputError, which ends with `remedy`."""
     facts, training = network.facts, network.training
-    size = facts["input_size"] or facts["image_size"]
+    size = facts["input_size"] or size
     try:
         with torch.no_grad():
-            shape = tuple(network.eval()(torch.full((1, 3, size, size), 0.5)).shape)
+            shape = tuple(network.eval()(network.mean.new_full((1, 3, size, size), 0.5)).shape)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise InputError(
-            f"{facts['arch']}: cannot take {size}x{size} images ({_line(error)}); give it another input_size"
+            f"{facts['arch']}: cannot take {size}x{size} images ({first_line(error)}); {remedy}"
         ) from error
     finally:
         network.train(training)
@@ -294,7 +277,3 @@ def refuse_for_matching(network: Network, layers: Sequence[str] = ("bn", "conv",
             f"synthesize.observers: {network.facts['arch']} has no {names} to match; "
             "name others here and use it in relabel.observers"
         )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

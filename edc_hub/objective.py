@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import canvas, matching
+from . import canvas, matching, networks
 from .crops import Crop, Mix, Placed
-from .errors import InputError, first_line
+from .errors import InputError
 from .levers import Flatness
 from .matching import Matcher
 from .networks import Network
@@ -118,14 +118,11 @@ class Observed:
 
 
 def _taps(network: Network, targets: Targets, side: int, recipe: Recipe) -> Taps:
-    """Taps for views of `side` pixels. Raises InputError where that has other statistics than `targets`."""
-    try:
-        taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers, size=side)
-    except RuntimeError as error:
-        if recipe.synthesize.sizes is None:
-            raise
-        reason, arch = first_line(error), network.facts["arch"]
-        raise InputError(f"synthesize.sizes: {arch} cannot take views of {side} px ({reason}); use others") from error
+    """Taps for views of `side` pixels. Raises InputError where the network cannot take these, or has other statistics
+    of them than `targets`."""
+    if recipe.synthesize.sizes:
+        networks.check(network, side, "write other synthesize.sizes")
+    taps = Taps(network, patch=recipe.moments.patch, layers=recipe.synthesize.layers, size=side)
     if len(targets.global_mean) != taps.layout.size:
         raise InputError(other_tiles(network.facts["arch"], side))
     taps.shift = targets.global_mean

@@ -36,7 +36,7 @@ class Observers:
 
     def load(self, name: str, epoch: int) -> Network:
         """The network after `epoch` epochs: frozen, eval mode, on the session's device. Reads that snapshot alone."""
-        network = _build(self._sections[name], self._source, self._classes, seed=0)
+        network = networks.described(self._sections[name], self._classes, seed=0, **self._source.face)
         with self._session.store.open(self._units[name]) as file:
             state = {key: file.get_tensor(f"{epoch}/{key}") for key in network.module.state_dict()}
         network.module.load_state_dict(state)
@@ -71,7 +71,7 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     def start(name: str, seed: int) -> Network:
         net = sections[name]
         with _naming(name):
-            network = _build(net, given.source, classes, seed)
+            network = networks.described(net, classes, seed=seed, **given.source.face)
             if name in found:
                 weights.load_into(network, found[name], new_head=net.train is not None)
         return network
@@ -127,7 +127,7 @@ def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: 
     with _naming(net.name):
         if net.weights:
             weights.find(net.arch, net.weights)  # raises where there is nothing
-        return _ready(_build(net, given.source, classes, seed=0), session)
+        return _ready(networks.described(net, classes, seed=0, **given.source.face), session)
 
 
 def _ready(network: Network, session: Session) -> Network:
@@ -142,10 +142,6 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"observers.networks: {name}: {error}") from error
-
-
-def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
-    return networks.described(net, classes, seed=seed, **source.face)
 
 
 def _published(arch: str) -> str:
@@ -234,16 +230,11 @@ def _train(
                         seen = real.batches(
                             order[: BN_STEPS * section.batch], section.batch, view=_view(section, view_seed)
                         )
-                        _settle(training.average.module, (images for images, *_ in seen), session)
+                        with session.autocast():  # the live weights' BatchNorm statistics are not the average's
+                            update_bn((_pixels(images, session) for images, *_ in seen), training.average.module)
                     kept[epoch + 1] = _copy(training.average.module if training.average else network)
                 progress.save(functools.partial(_state, step + 1, training, kept))
     return kept
-
-
-def _settle(average: Network, batches: Iterator[Tensor], session: Session) -> None:
-    """Takes the statistics of BatchNorm layers anew, for averaged weights: those of the live ones are not theirs."""
-    with session.autocast():
-        update_bn((_pixels(images, session) for images in batches), average)
 
 
 def _state(step: int, training: Training, kept: dict[int, State]) -> State:

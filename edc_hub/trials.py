@@ -158,7 +158,9 @@ class Bench:
         if "bfloat16" in precisions and self.session.device.type == "cpu" and launch.emulates_bfloat16():
             self.session.report("evaluation.precision: this CPU emulates bfloat16, many times slower than float32")
         for name, section in self.sections.items():
-            self.network(name, 0)
+            network, shown = self.network(name, 0), (self._view(condensed, section) for condensed in self.sets)
+            for side in {view.view_size or self.size for view in shown if view}:
+                networks.check(network, side, f"give {name} an input_size in evaluation.students")
             stored = any(path.startswith("soft_labels/") for path in self.sets[0].manifest["files"])
             if section.labels == "stored" and not stored:
                 raise InputError(

@@ -42,7 +42,7 @@ def find(arch: str, weights: str) -> Weights:
     folder. Raises InputError where there is nothing.
     """
     if weights.startswith("torchvision/"):
-        return _torchvision(arch.removeprefix("torchvision/"), weights)
+        return _torchvision(arch, weights)
     path = Path(weights).expanduser()
     if path.is_dir():
         return _folder(arch, path)
@@ -68,9 +68,8 @@ def known(arch: str, weights: str) -> str:
         if any(_there(repo, each, revision) for each in names):
             return weights
     except (OSError, httpx.HTTPError, HFValidationError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
-            f"weights: cannot ask the Hub for {weights} ({reason}); look at the network or give a file"
+            f"weights: cannot ask the Hub for {weights} ({first_line(error)}); look at the network or give a file"
         ) from error
     raise InputError(f"weights: {weights} has no {' or '.join(names)} on the Hub; check the id or give a file")
 
@@ -90,8 +89,12 @@ def _on_hub(weights: str) -> tuple[str | None, str | None, str | None]:
     return repo, None, revision or None
 
 
-def _torchvision(name: str, weights: str) -> Weights:
-    member = weights.removeprefix("torchvision/")
+def _torchvision(arch: str, weights: str) -> Weights:
+    if arch == "convnext_tiny":
+        raise InputError(f"weights: {weights} is not for {arch}, which is timm's; write arch: torchvision/{arch}")
+    member, name = weights.removeprefix("torchvision/"), arch.removeprefix("torchvision/")
+    if arch == "shufflenet_v2":
+        name = "shufflenet_v2_x0_5"
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
@@ -115,7 +118,7 @@ def _torchvision(name: str, weights: str) -> Weights:
 def _folder(arch: str, folder: Path) -> Weights:
     parts = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
     identity = hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in parts).encode()).hexdigest()
-    if (folder / OURS).is_file():
+    if (folder / OURS).is_file() and (folder / FILES[0]).is_file():
         return Weights(identity, folder.name, lambda: _read(folder / FILES[0]))
     if arch.startswith("transformers/"):
         return Weights(identity, folder.name, lambda: _transformers(str(folder)))
@@ -241,7 +244,8 @@ def _more(keys: list[str]) -> str:
 def _unwrap(state: Any, own: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     while isinstance(state, dict) and (inner := [k for k in WRAPPERS if isinstance(state.get(k), dict)]):
         state = state[inner[0]]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    tensors = isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())
+    if not tensors or not state:
         raise InputError(f"weights: {source} holds no state dictionary of tensors; save model.state_dict()")
     state = dict(state)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):

@@ -436,6 +436,13 @@ def test_the_printed_recipe_goes_to_stdout_and_the_row_s_name_to_stderr(toy_run,
         ),
         (["--evaluation.students", "timm/resnet81"], "evaluation.students: timm/resnet81: arch: no network"),
         (["--evaluation.students", "[{arch: alexnet, stem: standard}]"], "alexnet: cannot take 8x8 images"),
+        (
+            [
+                *("--evaluation.students", "[{arch: timm/vit_tiny_patch16_224, args: {img_size: 8, patch_size: 4}}]"),
+                *("--evaluation.augment", "own", "--evaluation.view.view_size", "6", "--evaluation.labels", "mean"),
+            ],
+            "cannot take 6x6 images",
+        ),
         (["--evaluation.protocol", "rdd3"], "evaluation.protocol: no protocol 'rdd3'; did you mean 'rd3'?"),
         (["--evaluation.test_resize", "6"], "evaluation.test_resize: 6 is less than the images' 8 px; raise it"),
         (["--source.test_split", "tests"], "source.test_split: no split 'tests' in toy; there are: train, test"),

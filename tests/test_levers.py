@@ -320,6 +320,13 @@ def test_a_view_of_another_side_has_the_statistics_of_its_own_maps(session):
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_view_that_a_network_cannot_take_is_refused_before_the_first_step(session):
+    args = {"img_size": 8, "patch_size": 4}
+    net = networks.build("timm/vit_tiny_patch16_224", 10, args=args, image_size=8, mean=MEAN, std=STD, seed=0)
+    with pytest.raises(InputError, match="cannot take 6x6 images .*; write other synthesize.sizes"):
+        objective.Observed(net.eval(), target(net), LABELS, recipe(sizes=[6, 8], layers=["conv"]), session)
+
+
 def test_tiles_of_another_number_are_refused_before_the_first_step(session):
     net = networks.build("resnet18", 10, image_size=8, mean=MEAN, std=STD, seed=0).eval().requires_grad_(False)
     with pytest.raises(

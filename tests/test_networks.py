@@ -231,6 +231,7 @@ def test_small_stem_keeps_the_resolution_of_the_image(arch, layer):
         ("deit_tiny", {"stem": "standard"}, "standard"),
         ("deit_tiny", {"image_size": 96}, "standard"),
         ("convnext_tiny", {"image_size": 96, "stem": "small"}, "small"),
+        ("timm/test_nfnet", {}, "small"),  # its convolutions have weights of their own kind
     ],
 )
 def test_the_stem_in_use_is_recorded(arch, options, stem):
@@ -314,6 +315,7 @@ def test_an_identity_tells_model_types_apart_and_leaves_other_names_alone():
         ("convnet", {"args": {"depth": 6}}, "use depth 5 or less"),
         ("convnet", {"args": {"norm": "spectral"}}, "instance, batch, group, layer, none"),
         ("convnet", {"args": {"width": 6, "norm": "group"}}, "args"),
+        ("convnet", {"args": {"width": 0}}, "args {'width': 0} do not fit"),
         ("wrn_16_2", {"args": {"depth": 18}}, "depth 18"),
         ("wrn_16_2", {"stem": "standard"}, "stem"),
         ("timm/vit_tiny_patch16_224", {}, "input_size"),

@@ -263,7 +263,7 @@ def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(
         observers.obtain(loaded(tmp_path / "net.safetensors"), real, calm)
     train = {"epochs": 1, "lr": 1e-4, "weight_decay": 0.0}
     given = loaded(tmp_path / "net.safetensors", train=train).observers.networks[0]
-    network = observers._build(given, recipe([TINY]).source, 10, seed=3)
+    network = networks.described(given, 10, seed=3, **recipe([TINY]).source.face)
     head = network.module.classifier.weight.detach().clone()
     weights.load_into(network, weights.find(given.arch, given.weights), new_head=True)
     assert torch.equal(network.module.features[0].weight, state["features.0.weight"])
@@ -343,7 +343,9 @@ def test_transformers_and_timm_repositories_load_through_their_libraries():
             "more than tensors",
         ),
         ("empty.pth", lambda s, p: torch.save({"epoch": 3}, p), "no state dictionary"),
+        ("numbers.pth", lambda s, p: torch.save({0: torch.rand(2)}, p), "no state dictionary"),
         ("", lambda s, p: (p / "notes.txt").write_text(""), "neither model.safetensors"),
+        ("", lambda s, p: (p / weights.OURS).write_text("{}"), "neither model.safetensors"),
     ],
 )
 def test_wrong_weights_are_refused_in_one_line_before_any_training(name, write, words, trained, real, calm, tmp_path):
@@ -356,6 +358,12 @@ def test_wrong_weights_are_refused_in_one_line_before_any_training(name, write, 
     message = str(error.value)
     assert words in message and "\n" not in message
     assert message.startswith("observers.networks: given: ")
+
+
+def test_torchvisions_weights_are_found_for_its_networks_alone():
+    assert weights.find("shufflenet_v2", "torchvision/IMAGENET1K_V1").identity.startswith("shufflenetv2_x0.5-")
+    with pytest.raises(InputError, match="convnext_tiny, which is timm's; write arch: torchvision/convnext_tiny"):
+        weights.find("convnext_tiny", "torchvision/IMAGENET1K_V1")
 
 
 @pytest.mark.parametrize(("classes", "least"), [(2, 0.75), (3, 2 / 3), (4, 0.5), (1000, 0.002)])
