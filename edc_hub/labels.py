@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import canvas, codecs, tables, views, work
 from .errors import InputError
-from .recipe import Recipe, Relabel, selected
+from .recipe import Recipe, Relabel, selected, users
 from .recorded import Recorded
 from .views import ViewTable
 from .work import Progress, Session, Store, Unit
@@ -69,13 +69,21 @@ class Labels:
         return Labels(self.store, self.units[: 1 + epochs])
 
 
-def check(recipe: Recipe, classes: int) -> None:
-    """Raises InputError where `relabel` does not go with the number of classes."""
+def check(recipe: Recipe, classes: int, size: int | None = None) -> None:
+    """Raises InputError where `relabel` does not go with the number of classes, or shows an observer what it cannot
+    take. `size`: side of the images where it is not the source's."""
+    from . import networks  # readers of a set need none
+
     section = recipe.relabel
     if section.codec == "top_k" and section.top_k > classes:
         raise InputError(
             f"relabel.top_k: {section.top_k}, but the source has {classes} classes; write at most {classes}"
         )
+    side, labelling = section.view_size or size or recipe.source.size, dict(users(recipe)["relabel"])
+    for net in recipe.observers.networks:
+        if net.name in labelling and side != recipe.source.size:  # for which `observers.obtain` builds it
+            network = networks.described(net, classes, seed=0, **recipe.source.face)
+            networks.check(network, side, f"give {net.name} an input_size, or write another relabel.view_size")
 
 
 def obtain(

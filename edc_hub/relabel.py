@@ -50,7 +50,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     """Labels the images, and random real ones as controls, on every process of the group; returns the dataset."""
     import torch
 
-    from . import observers, pictures
+    from . import observers, pictures, source
     from .initialize import Initial
 
     clock = pictures.Clock(session)
@@ -67,7 +67,10 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     with clock(made.label):
         wrote = pictures.label_and_write(recipe, real, watching, made, session)
     if recipe.relabel.controls:
-        alike = _at(real, recipe, foreign.images.shape[-1])
+        alike, size = real, foreign.images.shape[-1]
+        if size != real.size:  # of the same commit, which a finished run keeps to
+            again = {"size": size, "revision": real.commit or recipe.source.revision}
+            alike = source.load(recipe.source.model_copy(update=again))
         for each in pictures.controls(recipe, alike, unknown, folder):
             if each.control == "random":  # what these images started from nobody knows
                 with clock(each.label):
@@ -91,7 +94,7 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
     size, strips = found.images.shape[-1], recipe.relabel.shuffle
     if strips and size % strips:
         raise InputError(f"relabel.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0")
-    labels.check(recipe, len(real.names))
+    labels.check(recipe, len(real.names), size)
     if found.grid > 1 and found.grid != recipe.images.grid:
         what = f"--images: those of {found.facts['id']} are canvases of {found.grid} x {found.grid} pictures"
         raise InputError(f"{what}; write --images.grid {found.grid}")
@@ -112,12 +115,6 @@ def _naming_flags() -> Iterator[None]:
         key, colon, text = str(error).partition(": ")
         name = key.removeprefix("source.")
         raise InputError(str(error) if name == key else f"--{flags.get(name, name)}{colon}{text}") from error
-
-
-def _at(real: "RealSet", recipe: Recipe, size: int) -> "RealSet":
-    from . import source
-
-    return real if real.size == size else source.load(recipe.source.model_copy(update={"size": size}))
 
 
 def _refuse_other_images(folder: Path, foreign: "Foreign") -> None:

@@ -12,6 +12,7 @@ from helpers_labels import Observers, noise, recipe
 
 from edc_hub import labels, views, work
 from edc_hub.errors import InputError
+from edc_hub.recipe import Recipe
 from edc_hub.work import Store
 
 
@@ -49,6 +50,18 @@ def test_logits_that_float16_cannot_hold_are_refused(session, factor):
         list(observers.networks["b"].parameters())[-1].add_(factor)
     with pytest.raises(InputError, match="relabel.observers: their mean logits are no numbers or pass 65504"):
         made(session, {}, observers=observers)
+
+
+def test_views_that_an_observer_cannot_take_are_refused_before_any_work():
+    nets = [{"name": "a", "arch": "vgg11_bn"}, {"name": "b", "arch": "resnet18"}]
+    given = {"source": {"size": 32}, "observers": {"networks": nets}}
+    line = "vgg11_bn: cannot take 16x16 images .*; give a an input_size, or write another relabel.view_size"
+    with pytest.raises(InputError, match=line):
+        labels.check(Recipe(**given, relabel={"view_size": 16}), 5)
+    with pytest.raises(InputError, match=line):
+        labels.check(Recipe(**given), 5, 16)
+    labels.check(Recipe(**given, relabel={"view_size": 16, "observers": ["b"]}), 5)
+    labels.check(Recipe(**given), 5)
 
 
 def test_replayed_pixels_give_the_stored_labels_to_the_bit_in_the_same_batches(session):

@@ -149,6 +149,22 @@ def test_images_of_another_size_keep_it(run, theirs, tmp_path):
     assert torch.equal(made.images, beside.images) and torch.equal(made.soft_labels, beside.soft_labels)
 
 
+def test_random_controls_of_another_size_are_of_the_commit_that_the_source_has(run, theirs, tmp_path, monkeypatch):
+    asked, original, commit = set(), source.load, "c0ffee" * 6 + "0000"
+
+    def load(section, *split):
+        found = original(section, *split)
+        if section.path == RECIPE["source"]["path"]:  # as if it were on the Hub
+            found.commit = commit
+            asked.add((section.size, section.revision))
+        return found
+
+    monkeypatch.setattr(source, "load", load)
+    images = torch.nn.functional.interpolate(theirs[1], scale_factor=2, mode="nearest")
+    status, _ = run(write(tmp_path / "large", images, [i % 10 for i in range(30)]), "pinned")
+    assert status == 0 and asked == {(8, None), (16, commit)}
+
+
 def load(folder, digits, section=None, **options):
     section = section or recipe.Source(**RECIPE["source"])
     return foreign.load(given.Given(images=str(folder), **options), section, digits)
@@ -229,6 +245,9 @@ def test_a_named_class_without_images_is_refused(digits, tmp_path):
         load(tmp_path / "x", digits)
 
 
+UNUSED = ["--synthesize.observers", "null", "--initialize.observers", "null"]  # keys that name what is not there
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -239,6 +258,15 @@ def test_a_named_class_without_images_is_refused(digits, tmp_path):
         (["--ipc", "ten"], "ipc: expected an integer"),
         (["--relabel.shuffle", "4", "--size", "6"], "relabel.shuffle: 4 strips do not divide 6 px"),
         (["--image-colum", "x"], "image_colum: unknown key"),
+        (
+            [
+                "--source.size",
+                "32",
+                "--observers.networks",
+                "[{name: plain, arch: vgg11_bn}, {name: unused, arch: convnet}]",
+            ],
+            "vgg11_bn: cannot take 8x8 images",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(run, theirs, capsys, more, expected):
