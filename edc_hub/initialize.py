@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from . import canvas, rded, work
 from .errors import InputError
+from .objective import Space
 from .pixels import to_float
 from .recipe import Recipe, users
 from .source import RealSet, check_ipc
@@ -65,7 +66,8 @@ def obtain(recipe: Recipe, real: RealSet, observers: "Observers", session: Sessi
     def make(unit: Unit, generator: Generator, _progress: work.Progress) -> tuple[dict[str, Tensor], dict]:
         label = labels[unit]
         if section.kind == "noise":
-            images, rows = _noise(recipe, images_each, real.size, generator), torch.full((recipe.ipc, 1), -1)
+            z = torch.randn((images_each, 3, real.size, real.size), generator=generator)
+            images, rows = Space(recipe.source, z.device).to_bytes(z), torch.full((recipe.ipc, 1), -1)
         elif section.kind == "rded":
             images, rows = rded.select(recipe, real, label, candidates()[label], networks(), session, generator)
         else:
@@ -144,16 +146,6 @@ def _candidates(recipe: Recipe, real: RealSet, label: int, scores: Tensor | None
         return rows[scores[rows].argsort(stable=True)[: section.images_per_class]]
     generator = work.generator(recipe.seed, "initial rows", f"class-{label:04d}")
     return _draw(rows, recipe.ipc if section.kind == "real" else section.images_per_class, generator)
-
-
-def _noise(recipe: Recipe, count: int, size: int, generator: Generator) -> Tensor:
-    z = torch.randn((count, 3, size, size), generator=generator)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (recipe.source.mean, recipe.source.std))
-    return _to_uint8(z * std + mean)
-
-
-def _to_uint8(x: Tensor) -> Tensor:
-    return x.clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def _nearest(

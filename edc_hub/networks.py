@@ -266,14 +266,3 @@ def identity(arch: str) -> str:
         return arch
     text = _config(arch.partition("/")[2], 2, {}).to_json_string()
     return f"transformers/{hashlib.sha256(text.encode()).hexdigest()}"
-
-
-def refuse_for_matching(network: Network, layers: Sequence[str] = ("bn", "conv", "patch")) -> None:
-    """Raises InputError for a network without any of these `layers`: nothing to match, though it may give labels."""
-    kinds = [kind for kind, used in ((nn.Conv2d, {"conv", "patch"}), (nn.BatchNorm2d, {"bn"})) if used & set(layers)]
-    if kinds and not any(isinstance(part, tuple(kinds)) for part in network.module.modules()):
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise InputError(
-            f"synthesize.observers: {network.facts['arch']} has no {names} to match; "
-            "name others here and use it in relabel.observers"
-        )

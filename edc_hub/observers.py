@@ -17,6 +17,7 @@ from .errors import InputError
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
+from .taps import Taps
 from .training import Training, part
 from .work import Progress, Session, Unit, fingerprint, generator, run
 
@@ -107,8 +108,8 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     for unit in units.values():
         if not session.store.has(unit):
             network = start(unit.name, 0)
-            if unit.name in matched:
-                networks.refuse_for_matching(network, given.synthesize.layers)
+            if unit.name in matched:  # refused here if it has nothing to match
+                Taps(network.eval(), patch=given.moments.patch, layers=given.synthesize.layers)
     observers = Observers(given, units, classes, session)
     for loaded in (True, False):  # first those that take no time: a wrong normalisation is found before long work
         if some := [unit for unit in units.values() if (sections[unit.name].train is None) == loaded]:

@@ -80,7 +80,8 @@ class Taps:
         self.layout = Layout.of(part for site in self.sites.values() for part in site.parts)
         if not self.layout.segments:
             arch, kinds = network.facts["arch"], " or ".join(layers)
-            raise InputError(f"synthesize.layers: {arch} has no {kinds} input to match; add another kind")
+            remedy = "add another kind, or name others in synthesize.observers"
+            raise InputError(f"synthesize.layers: {arch} has no {kinds} input to match; {remedy}")
         ends = itertools.accumulate(sum(length for *_, length in site.parts) for site in self.sites.values())
         self.columns = {m: slice(*pair) for m, pair in zip(self.sites, itertools.pairwise([0, *ends]), strict=True)}
         values = torch.tensor([count for site in self.sites.values() for count in site.values])

@@ -77,19 +77,9 @@ def sample(
 
 
 def whole(count: int, size: int) -> ViewTable:
-    """One view of each image of `count` that is the image itself."""
-    none = torch.zeros(count, 4, dtype=torch.int16)
-    return {
-        "epoch": torch.zeros(count, dtype=torch.int16),
-        "image_id": torch.arange(count, dtype=torch.int32),
-        "crop": torch.tensor([0, 0, size, size], dtype=torch.int16).expand(count, 4),
-        "flip": torch.zeros(count, dtype=torch.bool),
-        "mix_image_id": torch.full((count,), -1, dtype=torch.int32),
-        "mix_crop": none,
-        "mix_flip": torch.zeros(count, dtype=torch.bool),
-        "mix_box": none,
-        "mix_lam": torch.ones(count),
-    }
+    """One view of each image of `count` that is the image itself: no other crop has all of its area."""
+    section = ViewSettings(crop_area=[1.0, 1.0], flip=False, mix="none")
+    return sample(section, torch.arange(count), size, torch.Generator())
 
 
 def columns(table: ViewTable) -> list[str]:

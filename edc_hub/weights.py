@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -216,29 +217,15 @@ def load_into(network: Network, found: Weights, *, new_head: bool = False) -> No
                     f"asks for {list(own[key].shape)}; a train section fine-tunes it with a new one"
                 )
             state[key] = own[key]
-    for key in own:
-        if key.endswith("num_batches_tracked"):  # not in checkpoints of old PyTorch, and never used here
-            state.setdefault(key, own[key])
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    shapes = [
-        f"{k} {list(state[k].shape)}, not {list(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    if missing or unexpected or shapes:
-        wrong = [("missing", missing), ("unexpected", unexpected), ("shape", shapes)]
-        text = "; ".join(f"{what}: {', '.join(keys[:3])}{_more(keys)}" for what, keys in wrong if keys)
+    try:
+        network.module.load_state_dict(state)
+    except RuntimeError as error:  # a line for all keys that are missing, one for those too many, one for each shape
+        said = "; ".join(textwrap.shorten(line, 120, placeholder=" …") for line in str(error).splitlines()[1:4])
         facts = network.facts
         raise InputError(
             f"weights: {found.source} does not fit {facts['arch']} with args {facts['args']} and the "
-            f"{facts['stem']} stem ({text}); correct arch, args or stem"
-        )
-    network.module.load_state_dict(state)
-
-
-def _more(keys: list[str]) -> str:
-    return f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            f"{facts['stem']} stem ({said}); correct arch, args or stem"
+        ) from error
 
 
 def _unwrap(state: Any, own: dict[str, Tensor], source: str) -> dict[str, Tensor]:

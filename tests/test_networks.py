@@ -9,7 +9,6 @@ from torch import nn
 
 from edc_hub import architectures, networks
 from edc_hub.errors import InputError
-from edc_hub.networks import Network
 
 
 PLAIN = {"seed": 0, "image_size": 32, "mean": [0.0] * 3, "std": [1.0] * 3}
@@ -339,10 +338,3 @@ def test_what_cannot_be_built_is_refused_in_one_line(arch, options, words):
     with pytest.raises(InputError) as error:
         networks.build(arch, 10, **{**PLAIN, **options})
     assert words in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_network_without_convolution_or_batch_norm_is_refused_for_matching():
-    facts = {"arch": "mlp", "classes": 2, "mean": [0.0] * 3, "std": [1.0] * 3, "input_size": None}
-    with pytest.raises(InputError, match="relabel.observers"):
-        networks.refuse_for_matching(Network(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), facts))
-    networks.refuse_for_matching(networks.build("convnet", 2, **PLAIN))

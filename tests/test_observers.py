@@ -323,17 +323,25 @@ def test_transformers_and_timm_repositories_load_through_their_libraries():
         ("someone/unknown", None, "from the Hub"),
         ("not an id", None, "give a Hub id"),
         ("torchvision/IMAGENET1K_V9", None, "torchvision has no weights for convnet"),
-        ("other.safetensors", lambda s, p: save_file({"fc.weight": torch.rand(2)}, p), "missing: features.0.weight"),
-        ("more.safetensors", lambda s, p: save_file({**s, "fc.weight": torch.rand(2)}, p), "unexpected: fc.weight"),
+        (
+            "other.safetensors",
+            lambda s, p: save_file({"fc.weight": torch.rand(2)}, p),
+            'Missing key(s) in state_dict: "features.0.',
+        ),
+        (
+            "more.safetensors",
+            lambda s, p: save_file({**s, "fc.weight": torch.rand(2)}, p),
+            'Unexpected key(s) in state_dict: "fc.',
+        ),
         (
             "wide.safetensors",
             lambda s, p: save_file({**s, "features.0.bias": torch.rand(9)}, p),
-            "shape: features.0.bias [9], not [8]",
+            "size mismatch for features.0.bias: copying a param with shape torch.Size([9])",
         ),
         (
             "head.safetensors",
             lambda s, p: save_file({**s, "classifier.weight": torch.rand(10, 9)}, p),
-            "shape: classifier.weight [10, 9]",
+            "size mismatch for classifier.weight",
         ),
         ("cut.safetensors", lambda s, p: p.write_bytes(b"\x08\x00\x00\x00"), "no whole safetensors file"),
         ("cut.pth", lambda s, p: p.write_bytes(b"PK\x03\x04 no zip"), "damaged"),
@@ -364,6 +372,13 @@ def test_torchvisions_weights_are_found_for_its_networks_alone():
     assert weights.find("shufflenet_v2", "torchvision/IMAGENET1K_V1").identity.startswith("shufflenetv2_x0.5-")
     with pytest.raises(InputError, match="convnext_tiny, which is timm's; write arch: torchvision/convnext_tiny"):
         weights.find("convnext_tiny", "torchvision/IMAGENET1K_V1")
+
+
+def test_an_observer_with_nothing_to_match_is_refused_before_another_is_trained(real, calm):
+    plain = {**TINY, "name": "plain"}  # it has no BatchNorm
+    nets = [{**TINY, "args": {**TINY["args"], "norm": "batch"}}, plain]
+    with pytest.raises(InputError, match="convnet has no bn input to match; .* name others in synthesize.observers"):
+        observers.obtain(recipe(nets, synthesize={"layers": ["bn"]}), Watched(real, dies_at=0), calm)
 
 
 @pytest.mark.parametrize(("classes", "least"), [(2, 0.75), (3, 2 / 3), (4, 0.5), (1000, 0.002)])
