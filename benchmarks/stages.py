@@ -77,7 +77,9 @@ def moments_step(names: list[str], session: Session) -> tuple[Step, Step]:
             network(x)
 
     def ours() -> None:
-        moments.add_batch(batch, of_class, watching, sums, torch.arange(8), session)
+        for name, (network, taps) in watching.items():
+            present, partial = moments.class_sums(*moments.forward(network, taps, batch, session), of_class)
+            sums[name][:, present] += partial
 
     return bare, ours
 
@@ -105,7 +107,7 @@ def synthesis_step(names: list[str], session: Session, flatness: str = "none") -
             torch.autograd.grad(F.cross_entropy(network(x), of_class), x)
 
     def ours() -> None:
-        for one in observed:  # the body of `synthesize.optimise`
+        for one in observed:  # what a step of `synthesize.optimise` computes, which a GPU replays from a recording
             crop, averaged = crops.Crop(start.shape[-1], section, draws), None
             if flatness == "logits":
                 average.lerp_(z.detach(), 1 - section.flatness.beta)

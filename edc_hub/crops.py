@@ -1,14 +1,13 @@
 """What observers see of a block in one step: a crop, flip and roll that its images share, and how they are mixed."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import pixels
+from . import pixels, views
 from .recipe import Synthesize
 
 
@@ -51,7 +50,7 @@ class Crop:
         return x if self.roll is None else x.roll(self.roll, (-2, -1))
 
     def places(self, side: int) -> Tensor:
-        """This view of images of `side` pixels as numbers alone, for `Placed`: float32 (2, size, side), on the CPU."""
+        """This view of images of `side` pixels as numbers alone, for `placed`: float32 (2, size, side), on the CPU."""
         left, top, right, bottom = self.box
         rows, columns = (_interpolation(side, *ends, self.size) for ends in ((top, bottom), (left, right)))
         if self.flip:
@@ -60,16 +59,13 @@ class Crop:
         return torch.from_numpy(np.stack([np.roll(rows, down, 0), np.roll(columns, across, 0)]))
 
 
-class Placed(NamedTuple):
-    """A `Crop` as two matrices, of rows and of columns: what changes from step to step are numbers, not shapes."""
+def placed(places: Tensor, x: Tensor) -> Tensor:
+    """A `Crop` of x (B, 3, s, s) by the matrices of its rows and columns: steps change numbers, not shapes.
 
-    places: Tensor
-    """float32 (2, size, s)."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(B, 3, s, s) to (B, 3, size, size), differentiable."""
-        rows, columns = self.places
-        return rows @ x @ columns.t()
+    `places` float32 (2, size, s). Returns (B, 3, size, size), differentiable.
+    """
+    rows, columns = places
+    return rows @ x @ columns.t()
 
 
 def _interpolation(side: int, start: int, end: int, size: int) -> np.ndarray:
@@ -95,13 +91,8 @@ class Mix:
     def __init__(self, section: Synthesize, count: int, size: int, fill: Tensor, generator: torch.Generator):
         self.partner, self.share, self.hole, self.fill = None, 1.0, None, fill
         if section.mix in ("mixup", "cutmix"):
-            order = torch.randperm(count, generator=generator)
-            self.partner = torch.empty_like(order)
-            self.partner[order] = order.roll(1)  # one cycle through the block: never itself
-            self.partner = self.partner.to(fill.device)
-            # torch draws from Beta by the global generator alone
-            seed = int(torch.randint(2**62, (), generator=generator))
-            self.share = float(np.random.Generator(np.random.PCG64(seed)).beta(section.mix_alpha, section.mix_alpha))
+            self.partner = views.partners(count, generator).to(fill.device)
+            self.share = float(views.beta(section.mix_alpha, 1, generator))
         if section.mix in ("cutmix", "cutout"):
             side = size // 2 if section.mix == "cutout" else round(size * math.sqrt(1 - self.share))
             corner = [int(draw) - side // 2 for draw in torch.rand(2, generator=generator, dtype=torch.float64) * size]

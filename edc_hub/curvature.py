@@ -146,10 +146,8 @@ def along_synthesis(
     """
     session, section = replace(session, dtype=torch.float32), recipe.synthesize
     chosen = selected(recipe, section.observers)
-    ids = synthesize.plan(len(real.names), recipe.ipc, section.block, section.block_order)[0]
-    labels = torch.arange(len(real.names)).repeat_interleave(recipe.ipc)[ids]
-    labels = labels.repeat_interleave(recipe.images.grid**2)  # of the pictures
-    generator = work.generator(recipe.seed, synthesize.STAGE, f"{recipe.name}-ipc{recipe.ipc}-00000")
+    name, (ids, labels) = next(iter(synthesize.blocks(recipe, len(real.names)).items()))
+    generator = work.generator(recipe.seed, synthesize.STAGE, name)
     observed = synthesize.observe(recipe, real, watching, moments, labels, session, generator, watching.load)
     steps, found = set(watched(section, len(observed), every)), []
     bar = session.bar(total=len(steps), desc="hessian", unit="step", leave=False)

@@ -158,20 +158,6 @@ def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, T
     return present, torch.stack([mean, total - square, square]) * counts[:, None]
 
 
-def add_batch(
-    images: Tensor,
-    labels: Tensor,
-    networks: dict[str, tuple[Network, Taps]],
-    sums: dict[str, Tensor],
-    classes: Tensor,
-    session: Session,
-) -> None:
-    """Adds a batch, uint8 (B, 3, s, s), to each observer's sums float64 (3, k, F) of the ascending `classes` (k,)."""
-    for name, (network, taps) in networks.items():
-        present, partial = class_sums(*forward(network, taps, images, session), labels)
-        sums[name][:, torch.searchsorted(classes, present)] += partial
-
-
 def add_up(
     rows: Tensor,
     real: RealSet,
@@ -195,7 +181,9 @@ def add_up(
     for images, labels, _ in session.bar(
         batches, total=-(-len(left) // recipe.moments.batch), unit="batch", leave=False
     ):
-        add_batch(images, labels, networks, sums, classes, session)
+        for name, (network, taps) in networks.items():
+            present, partial = class_sums(*forward(network, taps, images, session), labels)
+            sums[name][:, torch.searchsorted(classes, present)] += partial
         sums["done"] += len(labels)
         progress.save(lambda: sums)
     del sums["done"]

@@ -1,5 +1,6 @@
 """The loss of one step of synthesis: which observers see the block in which view, and what they say of it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import canvas, matching, networks
-from .crops import Crop, Mix, Placed
+from .crops import Crop, Mix
 from .errors import InputError
 from .levers import Flatness
 from .matching import Matcher
@@ -67,10 +68,9 @@ class Observed:
         accuracy: float | None = None,
     ):
         self.network, self.autocast, self.accuracy = network, session.autocast, accuracy
-        self.pixels, section = Space(recipe.source, session.device), recipe.synthesize
-        sides = section.sizes or [recipe.source.size]
+        sides = recipe.synthesize.sizes or [recipe.source.size]
         self.taps = {side: _taps(network, targets, side, recipe) for side in sides}
-        self.matcher = Matcher(targets, section, labels)
+        self.matcher = Matcher(targets, recipe.synthesize, labels)
 
     def loss(
         self,
@@ -83,7 +83,7 @@ class Observed:
         mix: Mix | None = None,
         keep: bool = True,
     ) -> Tensor:
-        """CE + r * sum of layer losses + flatness + densification: a scalar of the view `x` (B, 3, v, v) in [0, 1].
+        """CE + r * sum of layer losses + flatness: a scalar of the view `x` (B, 3, v, v) in [0, 1].
 
         `averaged` is the same view of the averaged images, where flatness asks for it; `dropped` are the layers that
         are left out, bool (L,); `mix` says how both views are mixed. `keep`: the running statistics remember this one.
@@ -93,10 +93,6 @@ class Observed:
         loss = loss + section.weight * self.matcher(*moments, dropped, keep)
         if averaged is not None:
             loss = loss + section.flatness.weight * self._flatness(logits, moments, averaged, section.flatness)
-        if section.densification.weight:
-            z = self.pixels.normalise(x)  # as every pixel term of the family; a crop of z is the z of the crop
-            term = matching.densification(z, labels, section.densification.tau)
-            loss = loss + section.densification.weight * term
         return loss
 
     def _forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -142,7 +138,8 @@ def pick(observed: list[Observed], section: Synthesize, step: int, generator: to
 class Drawn(NamedTuple):
     """All that a step draws, once for all its losses."""
 
-    crop: Crop | Placed
+    crop: Callable[[Tensor], Tensor]
+    """A `Crop`, or its matrices alone, `placed`."""
     mix: Mix
     chosen: tuple[int, ...]
     """The observers that see the step."""
@@ -182,7 +179,11 @@ class Objective:
             for index, dropped in zip(drawn.chosen, drawn.dropped, strict=True)
         ]
         total = sum(losses) / len(losses)
-        seen = self.space.normalise(x)
+        if section.densification.weight:
+            z = self.space.normalise(x)  # as every pixel term of the family; a crop of z is the z of the crop
+            term = matching.densification(z, self.labels, section.densification.tau)
+            total = total + section.densification.weight * term
+        seen = self.space.normalise(x)  # apart from z: slopes that meet at x add up in the order of earlier releases
         if section.tv:
             total = total + section.tv * matching.total_variation(seen)
         if section.l2:

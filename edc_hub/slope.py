@@ -1,13 +1,12 @@
 """What a step of synthesis goes down: the gradient of its loss, on a GPU replayed from a recording."""
 
 import gc
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .crops import Placed
+from .crops import placed
 from .objective import AVERAGED, Drawn, Objective
 from .recorded import Recorded
 from .work import Session
@@ -38,8 +37,14 @@ class Slope:
         order = sorted(range(len(drawn.chosen)), key=drawn.chosen.__getitem__)
         chosen, dropped = (tuple(part[index] for index in order) for part in (drawn.chosen, drawn.dropped))
         if chosen not in self.recorded:
-            function = _of_tensors(self.plain, drawn._replace(chosen=chosen))
-            self.recorded[chosen] = Recorded(function, self.device, pool=self.pool)
+            plain, of = self.plain, drawn._replace(chosen=chosen)  # without `self`: recordings end with theirs
+
+            def of_tensors(
+                z: Tensor, average: Tensor | None, places: Tensor, *dropped: Tensor | None
+            ) -> tuple[Tensor, Tensor]:
+                return plain(of._replace(crop=partial(placed, places), dropped=dropped), z, average)
+
+            self.recorded[chosen] = Recorded(of_tensors, self.device, pool=self.pool)
         average = average if self.objective.section.flatness.kind in AVERAGED else None
         places = self._there(drawn.crop.places(z.shape[-1]))
         return self.recorded[chosen](z, average, places, *map(self._there, dropped))
@@ -49,15 +54,6 @@ class Slope:
         if draws is None or self.device.type == "cpu":
             return draws
         return draws.pin_memory().to(self.device, non_blocking=True)
-
-
-def _of_tensors(function: Callable[..., tuple[Tensor, Tensor]], drawn: Drawn) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`function` for the observers of `drawn`, of tensors alone. It holds no `Slope`: recordings end with theirs."""
-
-    def placed(z: Tensor, average: Tensor | None, places: Tensor, *dropped: Tensor | None) -> tuple[Tensor, Tensor]:
-        return function(drawn._replace(crop=Placed(places), dropped=dropped), z, average)
-
-    return placed
 
 
 def _slope(

@@ -40,6 +40,15 @@ def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
     return list(ids.split(block))
 
 
+def blocks(recipe: Recipe, classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each block, by the name of its unit of work: its image ids and the labels of their pictures, both int64."""
+    found, section = {}, recipe.synthesize
+    for index, ids in enumerate(plan(classes, recipe.ipc, section.block, section.block_order)):
+        labels = (ids // recipe.ipc).repeat_interleave(recipe.images.grid**2)
+        found[f"{recipe.name}-ipc{recipe.ipc}-{index:05d}"] = ids, labels
+    return found
+
+
 def cosine(step: int, steps: int) -> float:
     """Factor of the learning rate at `step` of `steps`: from 1 down to nearly 0 (Tables 6-10)."""
     return 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -70,9 +79,10 @@ def optimise(
     Returns:
         float32 (B, 3, s, s), the last iterate in normalised space, and float32 (T,), the loss of each step.
     """
-    section, space = recipe.synthesize, Space(recipe.source, session.device)
+    section = recipe.synthesize
     flatness, residual = section.flatness, section.residual
     objective = Objective(observed, labels.to(session.device), recipe, session.device)
+    space = objective.space
     slope = Slope(objective, session, record=watch is None)
     initial = space.to_z(images)
     z, average = initial.clone().requires_grad_(), initial.clone()  # average is X_EMA
@@ -148,9 +158,7 @@ def obtain(
     section = recipe.synthesize
     if section.iterations == 0:
         return initial.images
-    chosen = selected(recipe, section.observers)
-    blocks = plan(len(real.names), recipe.ipc, section.block, section.block_order)
-    labels = torch.arange(len(real.names)).repeat_interleave(recipe.ipc)
+    chosen, own = selected(recipe, section.observers), blocks(recipe, len(real.names))
     settings = {
         "seed": recipe.seed,
         "precision": session.precision,
@@ -160,20 +168,19 @@ def obtain(
         "initial": initial.fingerprint,
     }
     mark = work.fingerprint(STAGE, VERSION, **settings)
-    units = [Unit(STAGE, f"{recipe.name}-ipc{recipe.ipc}-{index:05d}", mark) for index in range(len(blocks))]
+    units = [Unit(STAGE, name, mark) for name in own]
     load = cache(observers.load)  # when the first missing block needs them
 
     def make(unit: Unit, generator: torch.Generator, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        ids = blocks[units.index(unit)]
-        of_pictures = labels[ids].repeat_interleave(recipe.images.grid**2)
-        observed = observe(recipe, real, observers, moments, of_pictures, session, generator, load)
-        z, losses = optimise(initial.images[ids], of_pictures, observed, recipe, session, generator, progress)
+        ids, labels = own[unit.name]
+        observed = observe(recipe, real, observers, moments, labels, session, generator, load)
+        z, losses = optimise(initial.images[ids], labels, observed, recipe, session, generator, progress)
         return {"images": Space(recipe.source, session.device).to_bytes(z), "losses": losses}, {}
 
     work.run(units, make, session, seed=recipe.seed, label="synthesize")
     result = torch.empty_like(initial.images)
-    for unit, ids in zip(units, blocks, strict=True):
-        result[ids] = session.store.load(unit)["images"]
+    for unit in units:
+        result[own[unit.name][0]] = session.store.load(unit)["images"]
     return result
 
 

@@ -50,10 +50,9 @@ def sample(
     partner = torch.arange(count)
     boxes, share = torch.zeros(count, 4, dtype=torch.int16), torch.ones(count)
     if section.mix != "none":
-        order = torch.randperm(count, generator=generator)
-        partner[order] = order.roll(1)  # one cycle through the batch: never itself
+        partner = partners(count, generator)
         draws = 1 if section.mix_shared == "batch" else count
-        share = _beta(section.mix_alpha, draws, generator).float().expand(count)
+        share = beta(section.mix_alpha, draws, generator).float().expand(count)
         if section.mix == "cutmix":
             boxes, share = _boxes(share[:draws], section.view_size or size, generator)
             boxes, share = boxes.expand(count, 4), share.expand(count)
@@ -122,8 +121,14 @@ def _crops(count: int, size: int, area: list[float], generator: torch.Generator)
     return torch.stack([top, left, height, width], 1).to(torch.int16)
 
 
-def _beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
-    """Beta(alpha, alpha); torch's own draws only from the global generator."""
+def partners(count: int, generator: torch.Generator) -> Tensor:
+    """With whom each of `count` is mixed, int64 (count,): one cycle through all, never itself."""
+    order = torch.randperm(count, generator=generator)
+    return torch.empty_like(order).index_copy_(0, order, order.roll(1))
+
+
+def beta(alpha: float, count: int, generator: torch.Generator) -> Tensor:
+    """Beta(alpha, alpha), float64 (count,); torch's own draws only from the global generator."""
     seed = int(torch.randint(2**62, (), generator=generator))
     return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).beta(alpha, alpha, count))
 

@@ -109,6 +109,8 @@ def slow_loop(made):
             ]
             norms.append(torch.stack(apart).square().sum().sqrt())
         loss = loss + section.tv * sum(norms) + section.l2 * sum((image**2).sum().sqrt() for image in z) / len(z)
+        spread = section.densification
+        loss = loss + spread.weight * matching.densification(z, LABELS, spread.tau)
         return loss.item(), torch.autograd.grad(loss, z)[0]
 
     for step in range(section.iterations):
@@ -133,6 +135,7 @@ LOOPS = {
     "sam": {"flatness": {"kind": "sam", "rho": 0.05}},
     "total variation": {"tv": 0.02},
     "norm of an image": {"l2": 0.1},
+    "densification": {"densification": {"weight": 0.1, "tau": 500.0}, "together": 2},
     "two observers a step": {"together": 2},
     "residual": {"residual": {"every": 3, "weight": 0.3}},
     "residual but for the last step": {"iterations": 9, "residual": {"every": 3}},
@@ -274,13 +277,13 @@ def test_a_view_of_two_matrices_is_that_of_the_crop(sizes):
     for step in range(60):
         crop = crops.Crop(8, section, generator, step)
         expected = crop(x)
-        found = crops.Placed(crop.places(8))(x)
+        found = crops.placed(crop.places(8), x)
         weight = torch.randn(found.shape, generator=drawing(step))
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
         slopes = (torch.autograd.grad((weight * view).sum(), x)[0] for view in (found, expected))
         torch.testing.assert_close(*slopes, rtol=0, atol=1e-5)
     whole = crops.Crop(8, recipe(flip=False).synthesize, drawing())
-    assert torch.equal(crops.Placed(whole.places(8))(x), x)
+    assert torch.equal(crops.placed(whole.places(8), x), x)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])

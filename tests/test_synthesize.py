@@ -291,7 +291,6 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
     weights = {
         "weight": 0.3,
         "flatness": {"kind": "logits", "weight": 0.7, "tau": 2.0},
-        "densification": {"weight": 0.9},
     }
     observed, made, labels, x = random_observed(session, **weights, ema=0.0)
     averaged = images(seed=3) / 255.0
@@ -302,12 +301,10 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
     with observed.taps[8]:
         observed.network(x)
     present, average = (F.softmax(observed.network(view) / 2, -1) for view in (x, averaged))
-    z = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     terms = [
         (1.0, -F.log_softmax(logits, -1)[range(4), labels].mean()),
         (0.3, matched(*observed.taps[8].collect())),
         (0.7, (present * (present / average).log()).sum() / 4),
-        (0.9, matching.densification(z, labels, 4.0)),
     ]
     assert all(term > 1e-4 for _, term in terms)
     expected = sum(weight * term for weight, term in terms)
@@ -317,7 +314,7 @@ def test_the_loss_is_cross_entropy_and_each_other_term_by_its_weight(session):
 
 def test_mixed_precision_is_for_the_networks_and_not_for_the_statistics(session):
     session.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-    observed, made, labels, x = random_observed(session, weight=1.0, ema=0.0, densification={"weight": 1.0})
+    observed, made, labels, x = random_observed(session, weight=1.0, ema=0.0)
     collect, kept = observed.taps[8].collect, []
     observed.taps[8].collect = lambda: kept.append(collect()) or kept[0]
     found = observed.loss(x, None, labels, made.synthesize)
@@ -325,8 +322,7 @@ def test_mixed_precision_is_for_the_networks_and_not_for_the_statistics(session)
         logits = observed.network(x)
     assert logits.dtype == torch.bfloat16
     exact = matching.Matcher(target(network("batch")), made.synthesize, labels)(*kept[0])
-    term = matching.densification(observed.pixels.normalise(x), labels, 4.0)
-    torch.testing.assert_close(found, F.cross_entropy(logits.float(), labels) + exact + term, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, F.cross_entropy(logits.float(), labels) + exact, rtol=1e-5, atol=1e-5)
 
 
 class Recorder(Smooth):
