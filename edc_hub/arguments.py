@@ -1,5 +1,6 @@
 """A command line as recipe, overrides and flags."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ def split(
             named.append(word)
             continue
         path, equals, text = word[2:].partition("=")
-        path = path.replace("-", "_")
+        path = _underscored(path, {*known, *flags})
         switch = path in flags or (path in known and known[path].field.annotation is bool)
         if not equals:
             if switch and (not rest or rest[0].lower() not in _TRUTHS):
@@ -53,6 +54,15 @@ def split(
             place = place[name]
         place[last] = _value(text, path, keys.describe(known[path].field.annotation) if path in known else "")
     return named, overrides, given
+
+
+def _underscored(path: str, known: Collection[str]) -> str:
+    """dry-run as dry_run. What stands below a key, as the name of a student in evaluation.per_student, stays."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        if (head := ".".join(parts[:count]).replace("-", "_")) in known:
+            return ".".join([head, *parts[count:]])
+    return path
 
 
 def put_students(given: dict[str, Any], students: list[Any]) -> None:

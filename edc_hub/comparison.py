@@ -86,7 +86,9 @@ def parse(argv: list[str] | None) -> Parsed:
     if named and Path(named[0]).expanduser().is_dir():
         raise InputError(f"dataset: {named[0]} is a folder, and a recipe is a file; write --dataset {named[0]}")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
-    return resolve(keys.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
+    found = resolve(keys.layered([*layers, overrides], Comparison))
+    recipes.refuse_strangers(overrides, found.comparison.evaluation)
+    return found._replace(print_recipe=flags["print_recipe"])
 
 
 def resolve(given: dict[str, Any]) -> Parsed:
@@ -203,10 +205,9 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     carried = first.recipe
     evaluation = carried.get("evaluation") or {}
     protocol = (given.get("evaluation") or {}).get("protocol", evaluation.get("protocol"))
-    below = [evaluation]
+    below = dict(evaluation)
     if protocol != evaluation.get("protocol"):
-        below = [{"protocol": protocol}, *_blocks(protocol, first)]
-    below = keys.layered(below, Evaluation)
+        below = {"protocol": protocol, **_preset(protocol, first)}
     recipes.let_through(below, given.get("evaluation") or {})
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
@@ -215,13 +216,13 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     return keys.layered([*under, given], Comparison)
 
 
-def _blocks(protocol: str, first: "CondensedSet") -> list[dict[str, Any]]:
-    return recipes.blocks("protocol", protocol, first.manifest["name"], first.manifest["ipc"])
+def _preset(protocol: str, first: "CondensedSet") -> dict[str, Any]:
+    return recipes.protocol(protocol, first.manifest["name"], first.manifest["ipc"])
 
 
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     """The protocol's name, and in brackets every value that is not the preset's: `rd3 (labels stored)`."""
-    preset = keys.layered(_blocks(section.protocol, first), Evaluation)
+    preset = _preset(section.protocol, first)
     ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
     named = {"protocol", "students", "teachers"}
     if section.augment != "own":

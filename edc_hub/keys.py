@@ -134,9 +134,9 @@ def validated(section: type[S], content: Any, above: str = "") -> S:
 
 def complaint(error: ValidationError, root: type[Section], above: str = "") -> str:
     """The first thing pydantic found in `root`, as one line: where, what is wrong, what to write instead."""
-    # an unknown key goes first: what is missing or wrong elsewhere often follows from it
-    found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    entry = found[0]
+    # an unknown key goes first: what is missing or wrong elsewhere often follows from it; and of keys and values that
+    # might also have been a name, what is wrong with the keys
+    entry = min(error.errors(), key=_follows)
     place, path = _place(entry["loc"])
     place = f"{above}.{place}".strip(".")
     kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
@@ -152,6 +152,11 @@ def complaint(error: ValidationError, root: type[Section], above: str = "") -> s
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
     return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root, above)}"
+
+
+def _follows(entry: Any) -> int:
+    no_name = entry["loc"][-1:] == ("str",) and isinstance(entry["input"], dict)
+    return 0 if entry["type"] == "extra_forbidden" else 1 + no_name
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
@@ -192,9 +197,9 @@ def _example(path: str, root: type[Section], above: str) -> str:
         return "see --help"
     annotation = key.field.annotation
     if key.section:
-        fields = key.section.model_fields.items()
-        name, value = next(((name, field.get_default()) for name, field in fields), ("name", 1))
-        shown = f"{{{name}: {json.dumps(value) if value is not PydanticUndefined else '…'}, …}}"
+        fields = key.section.model_fields.items()  # one that must be given, else the first; none of options
+        name, field = min(fields, key=lambda item: not item[1].is_required(), default=("name", FieldInfo(default=1)))
+        shown = f"{{{name}: {'…' if field.is_required() else json.dumps(field.get_default())}, …}}"
         return f"write e.g. {key.path}: {f'[{shown}]' if 'list' in describe(annotation) else shown}"
     value = key.default
     if value in (None, PydanticUndefined):

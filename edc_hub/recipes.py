@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from . import arguments, documents, keys
 from .documents import load
 from .errors import InputError
-from .protocol import Evaluation
+from .protocol import Evaluation, named_students
 from .recipe import Recipe
 from .rules import validate
 
@@ -56,7 +56,9 @@ def parse(argv: list[str] | None, prog: str) -> Parsed:
         if odd:
             got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
-    return Parsed(resolve(load(find(named[0])), overrides), **flags)
+    recipe = resolve(load(find(named[0])), overrides)
+    refuse_strangers(overrides, recipe.evaluation)
+    return Parsed(recipe, **flags)
 
 
 def usage(prog: str) -> str:
@@ -122,9 +124,11 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         method = blocks("method", top["method"], top["name"], top["ipc"])
         special = _of_method(given.pop("per_method", None) or {}, top["method"], top["ipc"])
         above = keys.layered([*method, given, *special, overrides], Recipe)
-        protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
-        below = keys.layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
-        let_through(below, above.get("evaluation") or {})
+        own = above.get("evaluation")
+        own = own if isinstance(own, dict) else {}  # the model says what is wrong
+        choice = own.get("protocol", Evaluation.model_fields["protocol"].default)
+        below = protocol(choice, top["name"], top["ipc"])
+        let_through(below, own)
         layers = [{"evaluation": below}, above]
     recipe = keys.validated(Recipe, keys.layered(layers, Recipe))
     validate(recipe)
@@ -143,11 +147,28 @@ def of_run(run: Path) -> Recipe:
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
 
-def let_through(protocol: dict[str, Any], given: dict[str, Any]) -> None:
-    """Takes out of a protocol's `per_student` what is given for all students above it."""
-    own = protocol.get("per_student") or {}
+def protocol(choice: Any, name: Any, ipc: Any) -> dict[str, Any]:
+    """What a protocol sets for a data set and an IPC."""
+    return keys.layered(blocks("protocol", choice, name, ipc), Evaluation)
+
+
+def let_through(below: dict[str, Any], given: dict[str, Any]) -> None:
+    """Takes out of the `per_student` of a protocol what is given for all students above it."""
+    own = below.get("per_student") or {}
     left = {name: {key: value for key, value in part.items() if key not in given} for name, part in own.items()}
-    protocol["per_student"] = {name: part for name, part in left.items() if part}
+    below["per_student"] = {name: part for name, part in left.items() if part}
+
+
+def refuse_strangers(overrides: dict[str, Any], section: Evaluation) -> None:
+    """Raises InputError for a command line with values for a student that is not trained. Files may have more: a
+    command line picks from their students."""
+    students = named_students(section)
+    known = [*students, *(student.arch for student in students.values())]
+    for name in (overrides.get("evaluation") or {}).get("per_student", {}):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(students)}"
+            raise InputError(f"evaluation.per_student.{name}: no student is called so; {hint}")
 
 
 def methods() -> list[str]:

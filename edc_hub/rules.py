@@ -35,6 +35,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
     for name, file in zip(names, files, strict=True):
         if files.count(file) > 1:
             yield f"evaluation.students: '{name}' is given twice; give each its own name"
+    for name in section.per_student:
+        of_student(section, name, name)  # raises for keys that are none, also of students that are not trained now
     for name, student in named_students(section).items():
         each = of_student(section, name, student.arch)
         if (each.labels == "hard") != (each.loss == "ce"):

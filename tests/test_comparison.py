@@ -201,7 +201,8 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
             '--students ["timm/test_vit2",{"name":"timm-test_vit2","arch":"timm/test_vit2"}]',
             "evaluation.students: 'timm/test_vit2' is given twice",
         ),
-        ("--evaluation.students [{args:{}}]", "evaluation.students[0]"),
+        ("--evaluation.students [{args:{}}]", "evaluation.students[0].arch: missing"),
+        ("--evaluation.per_student.narow.lr 1", "evaluation.per_student.narow: no student is called so; did you mean"),
         ("--evaluation.loss ce", "evaluation.loss: ce does not go with labels: stored; write labels: hard"),
         (
             "--evaluation.labels hard",

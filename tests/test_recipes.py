@@ -253,6 +253,19 @@ def test_values_are_yaml_and_both_spellings_of_an_override_work():
     assert (net.args, net.train.lr) == ({"depth": 1}, 1e-3)
 
 
+def test_a_dash_in_the_name_of_a_student_stays_while_one_in_a_key_may_stand_for_an_underscore():
+    net = ["--evaluation.students", "[{name: my-net, arch: convnet3}]"]
+    found = recipe("digits", *net, "--evaluation.per-student.my-net.epochs", 5, "--evaluation.weight-decay", 0.5)
+    assert (found.evaluation.per_student, found.evaluation.weight_decay) == ({"my-net": {"epochs": 5}}, 0.5)
+    assert recipe("digits", *net, "--evaluation.per_student.convnet3.epochs", 5).evaluation.per_student["convnet3"]
+
+
+def test_values_of_a_file_for_a_student_that_is_not_trained_now_are_no_mistake(file):
+    own = "evaluation: {students: [{name: a, arch: convnet3}, resnet18], per_student: {a: {epochs: 5}}}\n"
+    path = file(f"observers: {{networks: [{NETWORK}]}}\n{own}")
+    assert recipe(path, "--evaluation.students", "resnet18").evaluation.per_student == {"a": {"epochs": 5}}
+
+
 def test_a_list_may_be_written_with_commas():
     found = recipe("digits", "--relabel.observers", "convnet_d3,convnet_d2", "--source.mean", "0.1,0.2,3e-1")
     assert (found.relabel.observers, found.source.mean) == (["convnet_d3", "convnet_d2"], [0.1, 0.2, 0.3])
@@ -393,6 +406,18 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ("--print_recipe=3", "--print_recipe: expected true or false, got '3'"),
         ("--observers.train.snapshots [99]", "observers.train.snapshots: 99 is after the last epoch"),
         ("more", "recipe: expected one, got 2: digits more; write e.g. edc-hub condense digits"),
+        ("--evaluation 3", "evaluation: expected a section of keys and values, got 3; write e.g. evaluation: {"),
+        ("--evaluation [a]", "evaluation: expected a section of keys and values, got ['a']"),
+        ('--evaluation.students [{"name":"a"}]', "evaluation.students[0].arch: missing; write e.g. arch: name"),
+        (
+            "--evaluation.students [3]",
+            "evaluation.students[0]: expected text, got 3; write e.g. evaluation.students: [{arch",
+        ),
+        ("--evaluation.per_student.my-net.epochs 5", "evaluation.per_student.my-net: no student is called so"),
+        (
+            "--evaluation.per_student.other.epoch 5",
+            "evaluation.per_student.other.epoch: unknown key; did you mean 'epochs'",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_line(argv, line):
