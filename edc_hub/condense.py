@@ -78,6 +78,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
         with clock(each.label):
             wrote |= pictures.label_and_write(recipe, real, watching, each, session)
     if session.state.is_main_process:
+        launch.keep(recipe, folder)
         if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
             pictures.write_facts(real, clock, folder, session)
         pictures.say_where(recipe, real, made.place, session)

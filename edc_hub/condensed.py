@@ -68,7 +68,7 @@ def write(
     Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
     observers: those of the run, for their facts; control: `initial` or `random` for a control set; origin: where
     images come from that were not made here.
-    Errors: InputError where the disk refuses.
+    Errors: InputError where the disk refuses, and where the folder holds other images or labels.
     """
     published = recipes.published(recipe)
     known = manifest.facts(recipe, files, real, labels, observers, control, published)

@@ -165,12 +165,23 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
-    """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts."""
-    from . import disk
+    """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts.
+
+    The recipe of a finished run stays until it is known to give the same set.
+    """
+    from . import disk, manifest
 
     if running.state.is_main_process:
         disk.sweep(artifacts(recipe))
-        disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+        if not manifest.there(folder / "dataset"):
+            keep(recipe, folder)
+
+
+def keep(recipe: Recipe, folder: Path) -> None:
+    """Writes the resolved recipe into the run folder."""
+    from . import disk
+
+    disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
 
 
 @contextmanager

@@ -73,6 +73,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
                 with clock(each.label):
                     wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
     if session.state.is_main_process:
+        launch.keep(recipe, folder)
         if wrote or not (folder / "run.json").exists():
             pictures.write_facts(real, clock, folder, session)
         _say_agreement(made.place, session)
