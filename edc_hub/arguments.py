@@ -1,10 +1,9 @@
 """A command line as recipe, overrides and flags."""
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, TypeVar
 
-from . import keys
+from . import disk, keys
 from .documents import read
 from .errors import InputError
 from .section import Section
@@ -88,7 +87,7 @@ def of_run(
     if len(named) != len(words.split()):
         asked, got = " and ".join(words.split()), " ".join(named) or "nothing"
         raise InputError(f"{command}: expected {asked}, got {got}; write edc-hub {command} {words}")
-    return Path(named[0]).expanduser(), *named[1:], options
+    return disk.local(named[0], command), *named[1:], options
 
 
 def _value(text: str, path: str, kind: str) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from . import arguments, documents, keys, published, recipes
+from . import arguments, disk, documents, keys, published, recipes
 from .errors import InputError
 from .protocol import Student, named_students
 from .published import Paper
@@ -110,7 +110,7 @@ def parse(argv: list[str] | None) -> Parsed:
     if sweep.students is not None:
         students = [each if isinstance(each, str) else each.model_dump() for each in sweep.students]
         arguments.put_students(given, students)
-    folder = Path(given.pop("output_dir", None) or f"runs/sweep-{file.stem}").expanduser()
+    folder = disk.local(given.pop("output_dir", None) or f"runs/sweep-{file.stem}", "output_dir")
     return Parsed(sweep, _cells(sweep, given, folder), folder, flags["dry_run"])
 
 

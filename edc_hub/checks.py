@@ -150,7 +150,7 @@ def disk(recipe: Recipe | None) -> Iterator[Finding]:
     caches = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     for name, place in zip(("runs", "hub cache", "data cache"), (runs, *caches), strict=True):
         elsewhere = "write --output_dir on another disk" if name == "runs" else "set HF_HOME to another disk"
-        there = place.expanduser().absolute()
+        there = Path(os.path.expanduser(place)).absolute()
         there = next(folder for folder in (there, *there.parents) if os.path.exists(folder))
         free = shutil.disk_usage(there).free
         if not (there.is_dir() and os.access(there, os.W_OK)):

@@ -5,12 +5,11 @@ Nothing here imports torch.
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from . import arguments, documents, keys, recipes, rules
+from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
 from .protocol import Evaluation, Student
 from .recipe import Source
@@ -83,7 +82,7 @@ def parse(argv: list[str] | None) -> Parsed:
         arguments.put_students(overrides, students)
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
-    if named and Path(named[0]).expanduser().is_dir():
+    if named and os.path.isdir(os.path.expanduser(named[0])):
         raise InputError(f"dataset: {named[0]} is a folder, and a recipe is a file; write --dataset {named[0]}")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
     found = resolve(keys.layered([*layers, overrides], Comparison))
@@ -100,7 +99,7 @@ def resolve(given: dict[str, Any]) -> Parsed:
         raise InputError("seeds: an empty list; write e.g. --seeds 0,1,2")
     if len(set(asked.seeds)) < len(asked.seeds):
         raise InputError(f"seeds: one is given twice in {asked.seeds}; give each once")
-    folders = [place for place in asked.dataset if Path(place).expanduser().is_dir()]
+    folders = [place for place in asked.dataset if disk.local(place, "dataset").is_dir()]
     if asked.revision and folders:
         raise InputError(f"revision: {folders[0]} is a folder, and only sets on the Hub have revisions; remove it")
     from .condensed import CondensedSet
@@ -129,7 +128,7 @@ def _usage() -> str:
 
 def _folder(place: str) -> str:
     """A finished run's dataset folder where the run is named. InputError for a run without one."""
-    run = Path(place).expanduser()
+    run = disk.local(place, "dataset")
     if not run.is_dir():
         return place
     if (run / "recipe.yaml").is_file() and not (run / "manifest.json").is_file():  # a run, not a dataset folder

@@ -170,7 +170,7 @@ class CondensedSet:
         revision of a folder, and where `full` asks for what the set has not.
         """
         place = os.path.expanduser(folder_or_id)
-        if Path(place).is_dir():
+        if os.path.isdir(place):
             if revision:
                 raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")
             folder = Path(os.path.abspath(place))  # a run is looked for above it

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import comparison, documents, launch
+from . import comparison, disk, documents, launch
 from .comparison import Comparison, Parsed
 
 
@@ -49,13 +49,13 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
         own /= asked.evaluation.protocol
     if asked.split != "test":
         own /= asked.split
-    folder = Path(asked.output_dir).expanduser() if asked.output_dir else own
+    folder = disk.local(asked.output_dir, "output_dir") if asked.output_dir else own
     return folder, (run or folder).parent / "artifacts"
 
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
     """Trains what is missing and writes the results; every process of the group calls it."""
-    from . import disk, record, report, trackers
+    from . import record, report, trackers
 
     asked = parsed.comparison
     trackers.check(asked.report_to)

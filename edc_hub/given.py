@@ -3,12 +3,11 @@
 Nothing here imports torch.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
 
-from . import arguments, keys, recipes
+from . import arguments, disk, keys, recipes
 from .errors import InputError
 from .recipe import Recipe, selected
 from .section import Numbered, Positive, Section
@@ -85,7 +84,7 @@ def _adapted(recipe: Recipe, given: Given) -> Recipe:
     """With the method `relabel`, the observers that label alone, and a run folder named by the images."""
     used = {name for name, _ in selected(recipe, recipe.relabel.observers)}
     networks = [net for net in recipe.observers.networks if net.name in used]
-    name = Path(given.images).expanduser().resolve().name
+    name = disk.local(given.images, "images").resolve().name
     changed = {
         "method": "relabel",
         "observers": recipe.observers.model_copy(update={"networks": networks}),

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from . import documents, methods, recipes
+from . import disk, documents, methods, recipes
 from .errors import InputError, OtherStopped
 from .recipe import Recipe
 
@@ -67,7 +67,7 @@ def is_first() -> bool:
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run, `runs/<name>-<method>-ipc<ipc>` unless `output_dir` says otherwise."""
     method = methods.slug(recipe.method)
-    return Path(recipe.output_dir or f"runs/{recipe.name}-{method}-ipc{recipe.ipc}").expanduser()
+    return disk.local(recipe.output_dir or f"runs/{recipe.name}-{method}-ipc{recipe.ipc}", "output_dir")
 
 
 def artifacts(recipe: Recipe) -> Path:
@@ -142,8 +142,6 @@ def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
 @contextmanager
 def lock(folder: Path, waits: "Callable[[str], None] | None" = None) -> Iterator[None]:
     """Keeps a run folder for this command; the first process holds the lock for all of them, as `disk.lock` has it."""
-    from . import disk
-
     with disk.lock(folder, waits) if is_first() else nullcontext():
         yield
 
@@ -169,7 +167,7 @@ def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
 
     The recipe of a finished run stays until it is known to give the same set.
     """
-    from . import disk, manifest
+    from . import manifest
 
     if running.state.is_main_process:
         disk.sweep(artifacts(recipe))
@@ -179,8 +177,6 @@ def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
 
 def keep(recipe: Recipe, folder: Path) -> None:
     """Writes the resolved recipe into the run folder."""
-    from . import disk
-
     disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
 
 

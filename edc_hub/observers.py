@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,7 +152,7 @@ def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) 
 def _published(arch: str) -> str:
     """The architecture without a local path: the configuration's folder by its last part."""
     library, _, name = arch.partition("/")
-    return f"{library}/{Path(name).name}" if library == "transformers" and Path(name).exists() else arch
+    return f"{library}/{Path(name).name}" if library == "transformers" and os.path.exists(name) else arch
 
 
 def _fingerprint(

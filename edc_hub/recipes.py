@@ -92,7 +92,7 @@ def find(name: str, folder: Path = ROOT, noun: str = "recipe") -> Path:
     """The file of a recipe, or what `noun` calls it, by a shipped name or a path. InputError if there is none."""
     if name in shipped(folder):
         return folder / f"{name}.yaml"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
     if os.path.isdir(path):
@@ -247,7 +247,7 @@ def published(recipe: Recipe) -> str:
 
 def _portable(path: str | None) -> str | None:
     local = path and (path.startswith(("/", ".", "~")) or os.path.exists(path))
-    return Path(path).expanduser().resolve().name if local else path
+    return os.path.basename(os.path.realpath(os.path.expanduser(path))) if local else path
 
 
 def _write(content: dict[str, Any]) -> str:

@@ -229,6 +229,12 @@ def refused(capsys, argv):
         ([*ALL, "--observers.networks", "[{name: a, arch: resnet19}]"], "resnet19"),
         ([*ALL, "--observers.networks", "[{name: a, arch: resnet18, weights: no.safetensors}]"], "no.safetensors"),
         (["--device", "cuda"], "device: cuda is asked for"),
+        (["--output_dir", "~nosuchuser/x"], "output_dir: no home folder for ~nosuchuser/x; write the path in full"),
+        (["--output_dir", "a" * 300], "is too long for a path; write a shorter one"),
+        (["--source.path", f"/{'a' * 300}"], "is too long for a path; write a shorter one"),
+        (["--source.path", "a\0b"], "source.path: 'a\\x00b' is no path: embedded null byte"),
+        ([*ALL, "--observers.networks", "[{name: a, arch: resnet18, weights: ~nosuchuser/x}]"], "a: weights: no home"),
+        ([*ALL, "--observers.networks", '[{name: a, arch: b, weights: "/a\\0b"}]'], "a text with a zero byte"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_status_2(recipe, tmp_path, capsys, more, expected):

@@ -312,6 +312,7 @@ def test_wrong_input_is_one_line(toy_run, tmp_path, capsys):
     assert "expected RUN" in refused(capsys)
     assert "measures[0]: expected one of 'hessian'" in refused(capsys, toy_run, "--measures", "hesian")
     assert "nothing to measure; name one" in refused(capsys, toy_run, "--measures", "[]", *out)
+    assert "threads: expected at most 1024" in refused(capsys, toy_run, "--threads", "100000")
     assert "samples: expected at least 2" in refused(capsys, toy_run, "--samples", "1")
     wrong = refused(capsys, toy_run, "--measures", "gradients", "--batches", "6,50", *out)
     assert wrong == "gradients: batches: [6, 50], and the set has 6 images; write sizes from 2 to 5"

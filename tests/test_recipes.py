@@ -591,3 +591,4 @@ def test_a_switch_takes_any_word_for_a_truth_and_an_error_names_it():
 
 def test_a_name_too_long_for_a_file_is_no_recipe():
     assert error("a" * 300).startswith("recipe: no file aaa")
+    assert error("~nosuchuser/x").startswith("recipe: no file ~nosuchuser/x")
