@@ -122,6 +122,9 @@ def _model(content: dict[str, Any]) -> Sweep:
             raise InputError(f"{name}: {values}; give at least one, and each once")
     if not sweep.rows:
         raise InputError("rows: none given; write e.g. rows: {edc: {method: edc}, random: {method: random}}")
+    for label in (*sweep.rows, *sweep.columns):
+        if len(label.splitlines()) > 1:
+            raise InputError(f"rows and columns: the label {label!r} breaks a table's line; write it in one line")
     published.check(sweep.paper, sweep.rows, sweep.columns)
     if sweep.only == []:
         raise InputError(f"only: an empty list; write labels of rows, e.g. --only '{json.dumps([*sweep.rows][:1])}'")
@@ -146,7 +149,9 @@ def _cells(sweep: Sweep, given: dict[str, Any], folder: Path) -> list[Cell]:
             raise InputError(f"{name}: {key}: the same for the whole sweep; {_ELSEWHERE[key]}")
         if name != "common":
             for key in sorted(leaves(part).keys() & leaves(given).keys()):
-                raise InputError(f"--{key}: {name} sets it; remove it, or sweep over a file of your own")
+                # the file's own `students` are given for all cells, too
+                shown = "students" if sweep.students and key == "evaluation.students" else f"--{key}"
+                raise InputError(f"{shown}: {name} sets it; remove it, or sweep over a file of your own")
     for key in given.keys() & {"seed", "hub"}:
         raise InputError(f"--{key}: not of a sweep; {_ELSEWHERE[key]}")
     for row, one in sweep.rows.items():

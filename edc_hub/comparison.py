@@ -109,7 +109,7 @@ def resolve(given: dict[str, Any]) -> Parsed:
         _refuse_strange_run(place, condensed)
     _refuse_different(sets, asked.dataset)
     comparison = keys.validated(Comparison, _resolved(given, sets[0]))
-    rules.validate_protocol(comparison.evaluation)
+    rules.validate_protocol(comparison.evaluation, sets[0].manifest["images"]["size"])
     _refuse_seen_holdout(comparison, sets[0])
     return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
 

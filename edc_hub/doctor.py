@@ -35,8 +35,10 @@ def command(argv: list[str]) -> list[Finding]:
     if "--help" in argv or "-h" in argv:
         print(_USAGE, end="")
         return []
-    failed = []
-    for name, text, remedy in findings(_recipe(argv)):
+    recipe, failed = _recipe(argv), []
+    if not launch.is_first():  # under a launcher
+        return []
+    for name, text, remedy in findings(recipe):
         line = f"{'FAIL' if remedy else 'ok':<6}{name:<12}{text}{f'; {remedy}' if remedy else ''}"
         print(" ".join(line.splitlines()), flush=True)
         if remedy:

@@ -1,10 +1,10 @@
 """The sections inside `synthesize`: choices of a method that have keys of their own."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from .section import Count, Decay, Fraction, Rate, Section
+from .section import Above, Count, Decay, Fraction, Rate, Section
 
 
 class Flatness(Section):
@@ -15,7 +15,7 @@ class Flatness(Section):
     )
     weight: Rate = Field(0.25, description="weight of the term (Table 4); sam has none")
     beta: Decay = Field(0.99, description="decay of the image average (Table 4; 0.999 for some rows of statistics)")
-    tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature (Table 4)")
+    tau: Above = Field(4.0, description="temperature (Table 4)")
     direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
     reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
     rho: Rate = Field(
@@ -28,7 +28,7 @@ class Densification(Section):
     """Data densification of G-VBSM: the Gram spectrum of a class's images, distilled from a flatter copy of itself."""
 
     weight: Rate = Field(0.0, description="weight of the term; 0: off")
-    tau: Annotated[float, Field(gt=0)] = Field(4.0, description="temperature of the target spectrum")
+    tau: Above = Field(4.0, description="temperature of the target spectrum")
 
 
 class Curriculum(Section):

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, model_validator
 from .levers import Curriculum, Densification, Flatness, Residual
 from .protocol import Evaluation
 from .section import (
+    Above,
     Area,
     Channels,
     Count,
@@ -138,7 +139,7 @@ class Synthesize(Section):
     iterations: Count = Field(2000, description="steps of Adam; 0 publishes the initial images")
     lr: Rate = Field(0.05, description="learning rate, in units of the source's std")
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field([0.5, 0.9], description="betas of Adam")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="eps of Adam")
+    eps: Above = Field(1e-8, description="eps of Adam")
     crop_area: Area = Field([0.5, 1.0], description="area range of the crop the block shares each step")
     flip: bool = Field(True, description="mirror the block in half of the steps")
     jitter: Count = Field(0, description="largest roll in pixels of the block each step")
@@ -165,7 +166,7 @@ class Synthesize(Section):
     mix: Literal["none", "mixup", "cutmix", "cutout"] = Field(
         "none", description="how a step's view of the block is mixed"
     )
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
+    mix_alpha: Above = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
     pick: Literal["turn", "random", "accuracy"] = Field(
         "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy"
     )
@@ -187,7 +188,7 @@ class Relabel(ViewSettings):
         description="label columns: float16 | int8, a scale a row | largest logits, the rest by their mean | none",
     )
     top_k: Numbered = Field(10, description="logits that codec top_k keeps of each view")
-    budget: Annotated[float, Field(gt=0)] | None = Field(
+    budget: Above | None = Field(
         None,
         description="megabytes (10^6) of the soft_labels files, views counted; label epochs are left out to fit it",
     )

@@ -18,16 +18,16 @@ def validate(recipe: Recipe) -> None:
     for rules in (_options, _source, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
-    validate_protocol(recipe.evaluation)
+    validate_protocol(recipe.evaluation, recipe.source.size)
 
 
-def validate_protocol(section: Evaluation) -> None:
-    """Raises InputError with the first combination of keys of a protocol that cannot work."""
-    for problem in _protocol(section):
+def validate_protocol(section: Evaluation, size: int) -> None:
+    """Raises InputError with the first combination of keys of a protocol that cannot work on images of `size` px."""
+    for problem in _protocol(section, size):
         raise InputError(problem)
 
 
-def _protocol(section: Evaluation) -> Iterator[str]:
+def _protocol(section: Evaluation, size: int) -> Iterator[str]:
     if not section.students:
         yield "evaluation.students: an empty list; name one, e.g. [resnet18]"
     names = [student_name(student) for student in section.students]
@@ -47,6 +47,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
                 "write augment: set, or labels: online"
             )
+        if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
+            yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
         if each.batch == 1:
             yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
 
@@ -80,6 +82,9 @@ def _observers(recipe: Recipe) -> Iterator[str]:
     if not networks:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
+    for net in networks:
+        if net.train and net.train.batch == 1:
+            yield f"observers.train.batch: 1 for {net.name}, and BatchNorm has no statistics of one; write 2 or more"
     if recipe.source.streaming and trained:
         yield (
             f"source.streaming: {', '.join(trained)} would be trained here, in random order; "

@@ -1,5 +1,6 @@
 """What the sections of a recipe are built from: the base model, the types of its values, and what several share."""
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -12,18 +13,34 @@ def _ascending(area: list[float]) -> list[float]:
     return area
 
 
+def _countable(value: float) -> float:
+    if value > 1e30:
+        raise ValueError(f"{value:g} is more than float32 arithmetic can work with; write less")
+    return value
+
+
+def _plain(args: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(args, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a date, as YAML reads 2024-01-01; no number
+        raise ValueError(f"expected plain values, got {str(args)[:60]}; write dates in quotes") from error
+    return args
+
+
 Positive = Annotated[int, Field(ge=1)]
 Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
 Count = Annotated[int, Field(ge=0)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # torch ends in a crash where there are too many
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0), AfterValidator(_countable)]
+Above = Annotated[float, Field(gt=0), AfterValidator(_countable)]  # 0 itself
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Above], Field(min_length=3, max_length=3)]
 Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -64,7 +81,7 @@ class Network(Section):
 
     name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
     arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
-    args: dict[str, Any] = Field({}, description="arguments of the architecture (width, depth, norm, …)")
+    args: Arguments = Field({}, description="arguments of the architecture (width, depth, norm, …)")
     stem: Literal["auto", "small", "standard"] = Field(
         "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
     )
@@ -99,5 +116,5 @@ class ViewSettings(Section):
     magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
     shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
     mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of lambda")
+    mix_alpha: Above = Field(1.0, description="both parameters of the Beta law of lambda")
     mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")

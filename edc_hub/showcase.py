@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
     run, options = arguments.of_run(argv, "showcase", Options)
+    if not launch.is_first():  # under a launcher
+        return
     folder = run / "dataset"
     if not (folder / "manifest.json").is_file():
         raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")

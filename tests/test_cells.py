@@ -67,6 +67,12 @@ def test_a_finished_set_of_another_source_of_the_same_name_is_not_replaced(root,
         ({"rows": {"a": {"seed": 1}}}, [], "row 'a': seed: the same for the whole sweep; write set_seeds"),
         ({"rows": {"a": {"evaluation": {"zeta": 3.0}}}}, [], "row 'a', column 'zeta 1': both set evaluation.zeta"),
         ({"rows": {}}, [], "rows: none given"),
+        ({"rows": {"a\nb": {}}}, [], "rows and columns: the label 'a\\nb' breaks a table's line; write it in one"),
+        (
+            {"students": ["convnet3"], "rows": {"a": {"evaluation": {"students": ["resnet18"]}}}},
+            [],
+            "error: students: row 'a' sets it; remove it",
+        ),
         ({"recipe": "digist"}, [], "recipe: no file digist; did you mean 'digits'?"),
         (
             {"columns": {"c": {"evaluation": 3}}, "paper": None},

@@ -394,6 +394,12 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
             "relabel.observers: expected a list, got {'a': None, 'b': None}; write e.g. --relabel.observers '[\"a\"",
         ),
         ("--synthesize 5", "synthesize: expected a section of keys and values, got 5; write e.g. synthesize: {"),
+        ("--synthesize.lr 1e300", "synthesize.lr: 1e+300 is more than float32 arithmetic can work with; write less"),
+        ("--relabel.budget 1e305", "relabel.budget: 1e+305 is more than float32 arithmetic"),
+        (
+            '--evaluation.students [{"arch":"convnet3","args":{"width":2020-01-01}}]',
+            "evaluation.students[0].args: expected plain values, got {'width': datetime.date(2020, 1, 1)}; ",
+        ),
         ("--source.classes [", "--source.classes: broken YAML: line 1: "),
         ("--observers.networks [1]", "observers.networks[0]: expected a section of keys and values"),
         ("--observers.networks.0.arch x", "observers.networks: expected a list, got {'0': {'arch': 'x'}}; write e.g."),
@@ -523,6 +529,14 @@ def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatc
         ("--relabel.batch 1", "relabel.batch: cutmix mixes two views of a batch, got 1"),
         ("--relabel.batch 1 --relabel.mix none --relabel.observer_mode batch", "relabel.batch: observer_mode batch"),
         ("--relabel.shuffle 3", "relabel.shuffle: 3 strips do not divide 16 px"),
+        (
+            "--evaluation.labels online --evaluation.augment own --evaluation.view.shuffle 3",
+            "evaluation.view.shuffle: 3 strips do not divide 16 px; write a divisor of it, or 0",
+        ),
+        (
+            "--observers.train.batch 1",
+            "observers.train.batch: 1 for convnet_d3, and BatchNorm has no statistics of one",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_in_one_line(argv, line):
@@ -534,6 +548,7 @@ def test_what_a_combination_does_not_use_is_not_refused():
     recipe("digits", "--synthesize.iterations", 0, "--synthesize.observers", "[]")
     recipe("digits", "--initialize.kind", "rded", "--initialize.factor", 4, "--ipc", 18)
     recipe("imagenet1k", "--source.streaming", "true")
+    recipe("digits", "--evaluation.view.shuffle", 3)
 
 
 def test_a_loaded_observer_has_no_epochs_to_name():

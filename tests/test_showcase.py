@@ -98,6 +98,11 @@ def test_a_wrong_command_line_is_refused(tmp_path, capsys, more, line):
     assert line in err and len(err.splitlines()) == 1
 
 
+def test_under_a_launcher_one_process_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert showcase.main([str(tmp_path)]) == 0 and capsys.readouterr().err == ""
+
+
 def test_help_names_the_options(capsys):
     with pytest.raises(SystemExit) as done:
         showcase.main(["--help"])
