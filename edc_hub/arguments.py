@@ -68,7 +68,9 @@ def put_students(given: dict[str, Any], students: list[Any]) -> None:
     """`--students`, short for `evaluation.students`, into the keys that are given."""
     if not isinstance(given.setdefault("evaluation", {}), dict):
         raise InputError("evaluation: expected keys and values; write e.g. --evaluation.epochs 300")
-    given["evaluation"]["students"] = students
+    given["evaluation"].setdefault(
+        "students", students
+    )  # the long way goes first: a sweep's file may have the short one
 
 
 def of_run(
