@@ -1,6 +1,6 @@
 """A command line as recipe, overrides and flags."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from . import disk, keys
@@ -64,13 +64,18 @@ def _underscored(path: str, known: Collection[str]) -> str:
     return path
 
 
+def help_asked(argv: list[str], text: Callable[[], str]) -> None:
+    """Prints `text()` on stdout and exits with 0 where a command line asks for help."""
+    if "--help" in argv or "-h" in argv:
+        print(text(), flush=True)
+        raise SystemExit(0)
+
+
 def put_students(given: dict[str, Any], students: list[Any]) -> None:
     """`--students`, short for `evaluation.students`, into the keys that are given."""
     if not isinstance(given.setdefault("evaluation", {}), dict):
         raise InputError("evaluation: expected keys and values; write e.g. --evaluation.epochs 300")
-    given["evaluation"].setdefault(
-        "students", students
-    )  # the long way goes first: a sweep's file may have the short one
+    given["evaluation"].setdefault("students", students)  # a sweep's file may have these, a command line the others
 
 
 def of_run(
@@ -80,10 +85,8 @@ def of_run(
 
     `--help` prints to stdout and exits with 0.
     """
-    if "--help" in argv or "-h" in argv:
-        head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
-        print("\n".join([head, *keys.help_lines(root)]))
-        raise SystemExit(0)
+    head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
+    help_asked(argv, lambda: "\n".join([head, *keys.help_lines(root)]))
     named, given, _ = split(argv, root, {})
     options = keys.validated(root, given)
     if len(named) != len(words.split()):

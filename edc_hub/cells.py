@@ -8,7 +8,6 @@ no torch.
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,18 +91,17 @@ class Parsed(NamedTuple):
     dry_run: bool
 
 
-def parse(argv: list[str] | None) -> Parsed:
+def parse(argv: list[str]) -> Parsed:
     """The sweep of a command line, every cell resolved. `--help` prints to stdout and exits with 0.
 
     Raises InputError, naming row and column, on anything that looking at recipes can find.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(_usage(), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     named, given, flags = arguments.split(argv, _Known, _FLAGS)
     if len(named) != 1:
-        raise InputError(f"sweep: expected one, got {len(named)}; write a YAML file or one of: {_listing()}")
+        raise InputError(
+            f"sweep: expected one, got {len(named)}; write a YAML file or one of: {recipes.listing(SHIPPED)}"
+        )
     file = recipes.find(named[0], SHIPPED, "sweep")
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
     sweep = _model(documents.load(file) | chosen)
@@ -256,15 +254,11 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
 # Texts
 
 
-def _listing() -> str:
-    return ", ".join(recipes.shipped(SHIPPED))
-
-
 def _usage() -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         "usage: edc-hub sweep TABLE [--seeds 0,1,2 --split holdout …] [--section.key value ...]\n\n"
-        f"TABLE is a YAML file or one of: {_listing()}\n"
+        f"TABLE is a YAML file or one of: {recipes.listing(SHIPPED)}\n"
         "A key of the recipe (edc-hub condense --help) is set for all cells. --output_dir is the folder of the\n"
         f"tables, runs/sweep-TABLE when not given; runs and artifacts lie beside it.\n\n{flags}\n"
     )

@@ -4,7 +4,6 @@ Nothing here imports torch.
 """
 
 import os
-import sys
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -67,16 +66,13 @@ class Parsed(NamedTuple):
     print_recipe: bool
 
 
-def parse(argv: list[str] | None) -> Parsed:
+def parse(argv: list[str]) -> Parsed:
     """What a command line asks for, with the sets it names opened. `--help` prints to stdout and exits with 0.
 
     Layers: field default < the set's own recipe (or, where another protocol is named, that protocol) < the recipe
     file < the command line. Raises InputError on anything wrong.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(_usage(), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     named, overrides, flags = arguments.split(argv, _Typed, _FLAGS)
     if (students := overrides.pop("students", None)) is not None:
         arguments.put_students(overrides, students)
@@ -116,10 +112,9 @@ def resolve(given: dict[str, Any]) -> Parsed:
 
 def _usage() -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
-    shipped = ", ".join(recipes.shipped(_SHIPPED))
     head = (
         "usage: edc-hub evaluate [RECIPE] --dataset FOLDER|ORG/NAME[,…] [--section.key value ...]\n\n"
-        f"RECIPE is a YAML file or one of: {shipped}\n"
+        f"RECIPE is a YAML file or one of: {recipes.listing(_SHIPPED)}\n"
         "Without one the protocol is that of the set's own recipe; --evaluation.protocol names another.\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b.\n\n{flags}\n"
     )

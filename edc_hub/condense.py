@@ -21,11 +21,6 @@ if TYPE_CHECKING:  # torch is imported once the recipe is known to be right: a t
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or does the job."""
     recipe, dry_run, print_recipe = recipes.parse(argv, prog="condense")
@@ -46,6 +41,9 @@ def command(argv: list[str]) -> None:
     launch.refuse_what_is_not_ours(folder)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     launch.make(recipe, folder, lambda session: condense(recipe, folder, session))
+
+
+main = launch.entry(command)
 
 
 def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> Path:

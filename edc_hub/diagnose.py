@@ -46,11 +46,6 @@ class Options(Section):
     threads: Threads | None = Field(None, description="CPU threads; as the run's when not given")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
     run, options = arguments.of_run(argv, "diagnose", Options)
@@ -61,6 +56,9 @@ def command(argv: list[str]) -> None:
     folder = disk.local(options.output_dir, "output_dir") if options.output_dir else run
     with launch.lock(folder), launch.session(recipe, run.absolute().parent / "artifacts") as session:
         diagnose(finished.Finished(run, recipe, session), options, folder)
+
+
+main = launch.entry(command)
 
 
 def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any]:

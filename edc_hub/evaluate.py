@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or trains and reports."""
     parsed = comparison.parse(argv)
@@ -36,6 +31,9 @@ def command(argv: list[str]) -> None:
     folder, store = places(parsed.comparison, parsed.sets[0])
     with launch.lock(folder), launch.session(parsed.comparison, store) as session:
         evaluate(parsed, folder, session)
+
+
+main = launch.entry(command)
 
 
 def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:

@@ -50,10 +50,7 @@ def parse(argv: list[str]) -> Parsed:
 
     Raises InputError on anything wrong.
     """
-    if "--help" in argv or "-h" in argv:
-        own = "\n".join(keys.help_lines(Given))
-        print(f"{recipes.usage('relabel --images FOLDER|ORG/NAME')}\n\nimages to label:\n{own}", flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     own, rest = _apart(argv)
     _, named, _ = arguments.split(own, Given, {})
     if "images" not in named:
@@ -61,6 +58,11 @@ def parse(argv: list[str]) -> Parsed:
     given = keys.validated(Given, named)
     parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel")
     return Parsed(given, rest, _adapted(parsed.recipe, given), parsed.dry_run, parsed.print_recipe)
+
+
+def _usage() -> str:
+    own = "\n".join(keys.help_lines(Given))
+    return f"{recipes.usage('relabel --images FOLDER|ORG/NAME')}\n\nimages to label:\n{own}"
 
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:

@@ -48,6 +48,16 @@ def status(command: Callable[[], None]) -> int:
     return 0
 
 
+def entry(command: Callable[[list[str]], None]) -> Callable[..., int]:
+    """The function `main(argv)` of a command's module, with the process's own arguments where none are given."""
+
+    def main(argv: list[str] | None = None) -> int:
+        """Runs the command; returns its exit status (0, 1, 2)."""
+        return status(lambda: command(sys.argv[1:] if argv is None else argv))
+
+    return main
+
+
 def _tell_launcher(message: str) -> None:
     """Leaves the message where torchrun looks for it, so that the last lines it prints say what is wrong."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")

@@ -9,7 +9,6 @@ that stand on them.
 import difflib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,22 +39,19 @@ class Parsed(NamedTuple):
     print_recipe: bool
 
 
-def parse(argv: list[str] | None, prog: str) -> Parsed:
+def parse(argv: list[str], prog: str) -> Parsed:
     """The recipe and the flags of a command line. `--help` prints to stdout and exits with 0.
 
     Raises InputError on anything wrong, impossible combinations included.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(usage(prog), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, lambda: usage(prog))
     named, overrides, flags = arguments.split(argv, Recipe, _FLAGS)
     if len(named) != 1:
         got = f"got {len(named)}: {' '.join(named)}" if named else "none given"
         odd = next((word for word in named if "=" in word or word.startswith("-")), None)
         if odd:
             got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
-        raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
+        raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
     recipe = resolve(load(find(named[0])), overrides)
     refuse_strangers(overrides, recipe.evaluation)
     return Parsed(recipe, **flags)
@@ -66,7 +62,7 @@ def usage(prog: str) -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         f"usage: edc-hub {prog} RECIPE [--section.key value ...]\n\n"
-        f"RECIPE is a YAML file or one of: {_listing()}\n"
+        f"RECIPE is a YAML file or one of: {listing()}\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0], '[{{name: a, arch: resnet18}}]'; a list replaces the whole.\n"
         f"Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use.\n\n"
         f"{flags}\n"
@@ -84,7 +80,8 @@ def shipped(folder: Path = ROOT) -> list[str]:
     return sorted(own, key=lambda name: ("/" in name, name))
 
 
-def _listing(folder: Path = ROOT) -> str:
+def listing(folder: Path = ROOT) -> str:
+    """The same names in a line."""
     return ", ".join(shipped(folder))
 
 
@@ -96,10 +93,10 @@ def find(name: str, folder: Path = ROOT, noun: str = "recipe") -> Path:
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
     if os.path.isdir(path):
-        raise InputError(f"{noun}: {name} is a folder; write a YAML file or one of: {_listing(folder)}")
+        raise InputError(f"{noun}: {name} is a folder; write a YAML file or one of: {listing(folder)}")
     plain = name.removesuffix(".yaml").removeprefix("recipes/").removeprefix(f"{folder.name}/")
     near = difflib.get_close_matches(plain, shipped(folder), 1, 0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {_listing(folder)}"
+    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {listing(folder)}"
     raise InputError(f"{noun}: no file {name}; {hint}")
 
 

@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or labels the images."""
     parsed = given.parse(argv)
@@ -44,6 +39,9 @@ def command(argv: list[str]) -> None:
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
     launch.make(recipe, folder, lambda session: relabel(parsed, folder, session))
+
+
+main = launch.entry(command)
 
 
 def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:

@@ -29,11 +29,6 @@ class Options(Section):
     seeds: Positive = Field(3, description="students for each number of images")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
     run, options = arguments.of_run(argv, "showcase", Options)
@@ -44,6 +39,9 @@ def command(argv: list[str]) -> None:
         raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")
     with launch.lock(run):
         publish(folder, measure(run, options.seeds))
+
+
+main = launch.entry(command)
 
 
 def measure(run: Path, seeds: int) -> list[dict[str, Any]]:

@@ -24,11 +24,6 @@ if TYPE_CHECKING:  # torch is imported once the sweep is known to be right
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the plan, or does the sweep."""
     parsed = cells.parse(argv)
@@ -51,6 +46,9 @@ def command(argv: list[str]) -> None:
         kind = InputError if all(isinstance(error, InputError) for error in failed.values()) else RuntimeError
         text = "; ".join(f"{place}: {error}" for place, error in failed.items())
         raise kind(f"{len(failed)} of {len(parsed.cells)} cells failed, the others are in the tables: {text}")
+
+
+main = launch.entry(command)
 
 
 def sweep(parsed: Parsed, session: "Session") -> dict[str, Exception]:

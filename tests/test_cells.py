@@ -137,6 +137,13 @@ def test_a_row_whose_label_has_a_comma_is_named_in_a_list(root, tmp_path):
     assert list(parsed.sweep.rows) == ["a, b"]
 
 
+def test_students_of_a_command_line_go_before_those_of_the_file(root, tmp_path):
+    file = written(root, "own", students=["resnet18"], paper=None)
+    for key in ("--students", "--evaluation.students"):
+        parsed = cells.parse([str(file), "--output_dir", str(tmp_path / "runs"), key, "convnet3"])
+        assert {*parsed.cells[0].recipe.evaluation.students} == {"convnet3"}
+
+
 def test_the_table_says_what_random_draws_count_and_that_the_paper_s_figures_are_of_the_test_split(root, tmp_path):
     file = written(root, "facts")
     more = ["--controls", "random", "--split", "holdout"]

@@ -141,7 +141,9 @@ def test_under_a_launcher_one_process_looks(monkeypatch, capsys):
 
 
 def test_help_says_what_is_checked(capsys):
-    assert doctor.main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--help"])
+    assert stopped.value.code == 0
     assert "edc-hub doctor [RECIPE]" in capsys.readouterr().out
 
 
