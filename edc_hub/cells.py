@@ -146,7 +146,7 @@ def _cells(sweep: Sweep, given: dict[str, Any], folder: Path) -> list[Cell]:
         for key in part.keys() & _ELSEWHERE.keys():
             raise InputError(f"{name}: {key}: the same for the whole sweep; {_ELSEWHERE[key]}")
         if name != "common":
-            for key in sorted(leaves(part).keys() & leaves(given).keys()):
+            for key in sorted(keys.leaves(part, Recipe).keys() & keys.leaves(given, Recipe).keys()):
                 # the file's own `students` are given for all cells, too
                 shown = "students" if sweep.students and key == "evaluation.students" else f"--{key}"
                 raise InputError(f"{shown}: {name} sets it; remove it, or sweep over a file of your own")
@@ -154,7 +154,7 @@ def _cells(sweep: Sweep, given: dict[str, Any], folder: Path) -> list[Cell]:
         raise InputError(f"--{key}: not of a sweep; {_ELSEWHERE[key]}")
     for row, one in sweep.rows.items():
         for column, other in sweep.columns.items():
-            for key in sorted(leaves(one).keys() & leaves(other).keys()):
+            for key in sorted(keys.leaves(one, Recipe).keys() & keys.leaves(other, Recipe).keys()):
                 raise InputError(f"{_place(row, column)}: both set {key}; leave it to one of them")
     base = recipes.load(recipes.find(sweep.recipe))
     columns = sweep.columns or {"": {}}
@@ -201,20 +201,6 @@ def _mark(text: str) -> str:
 
 def _plain(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label).strip("-")
-
-
-def leaves(given: dict[str, Any], section: type[Section] = Recipe, prefix: str = "") -> dict[str, Any]:
-    """What overrides set, by dotted key. As where they are laid over each other, a value that is no section, as the
-    keys and values of evaluation.per_student, is one whole."""
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        field = section.model_fields.get(key)
-        inner = field.annotation if field and isinstance(field.annotation, type) else None
-        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
-            found |= leaves(value or {}, inner, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def _place(row: str, column: str) -> str:

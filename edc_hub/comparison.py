@@ -11,7 +11,7 @@ from pydantic import Field
 from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
 from .protocol import Evaluation, Student
-from .recipe import Source
+from .recipe import Recipe, Source
 from .section import Count, Positive, Rate, Section, Threads
 
 
@@ -147,16 +147,10 @@ def _refuse_strange_run(place: str, condensed: "CondensedSet") -> None:
 
 def _differing(one: dict[str, Any], other: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
     """The keys, dotted, in which two recipes make other sets."""
-    ours, theirs = (recipes.resolve(content).model_dump(include=set(sections)) for content in (one, other))
-    found = []
-    for name in sections:
-        if not isinstance(ours[name], dict):
-            found += [name] * (ours[name] != theirs[name])
-            continue
-        names = [key for key in ours[name] | theirs[name] if key not in _OWN]  # of options, any
-        changed = [key for key in names if ours[name].get(key) != theirs[name].get(key)]
-        found += [f"{name}.{key}" for key in changed]
-    return found
+    both = (recipes.resolve(content).model_dump(include=set(sections)) for content in (one, other))
+    ours, theirs = (keys.leaves(content, Recipe) for content in both)
+    every = (key for key in ours | theirs if key.rpartition(".")[2] not in _OWN)
+    return [key for key in every if ours.get(key) != theirs.get(key)]
 
 
 def _refuse_different(sets: "list[CondensedSet]", places: list[str]) -> None:

@@ -114,14 +114,29 @@ def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, A
 def _merge(below: dict[str, Any], above: dict[str, Any], section: type[Section]) -> None:
     """Puts `above` over `below`, section by section; any other value, a list included, replaces the whole value."""
     for name, value in above.items():
-        field = section.model_fields.get(name)
-        inner = field.annotation if field and isinstance(field.annotation, type) else None
-        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
-            # a heading with nothing under it changes nothing
+        if inner := _inside(section, name, value):
             below[name] = below.get(name) if isinstance(below.get(name), dict) else {}
             _merge(below[name], value or {}, inner)
         else:
             below[name] = copy.deepcopy(value)
+
+
+def _inside(section: type[Section], name: str, value: Any) -> type[Section] | None:
+    """The section of the keys in `value`; None for a value that is one whole, as that of evaluation.per_student."""
+    field = section.model_fields.get(name)
+    inner = field.annotation if field and isinstance(field.annotation, type) else None
+    # a heading with nothing under it changes nothing
+    found = inner and issubclass(inner, Section) and (value is None or isinstance(value, dict))
+    return inner if found else None
+
+
+def leaves(content: dict[str, Any], section: type[Section], prefix: str = "") -> dict[str, Any]:
+    """What keys and values of `section` set, by dotted key; a whole where they are laid over each other as one."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = _inside(section, name, value)
+        found |= leaves(value or {}, inner, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
 
 
 def validated(section: type[S], content: Any, above: str = "") -> S:

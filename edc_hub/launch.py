@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from . import disk, documents, methods, recipes
+from . import disk, documents, keys, methods, recipes
 from .errors import InputError, OtherStopped
 from .recipe import Recipe
 
@@ -106,11 +106,13 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
     """
     if not path.is_file():
         return
-    theirs, ours = _flat(recipes.load(path)), _flat(documents.read(recipes.published(recipe), "recipe"))
+    theirs = keys.leaves(recipes.load(path), Recipe)
+    ours = keys.leaves(documents.read(recipes.published(recipe), "recipe"), Recipe)
     both = sorted(theirs.keys() & ours.keys())  # said before what another release did not have
     changed = [key for key in [*both, *sorted(theirs.keys() ^ ours.keys())] if theirs.get(key) != ours.get(key)]
     if run and run.is_file():
-        theirs, whole = _flat(recipes.load(run)), _flat(documents.read(recipes.dump(recipe), "recipe"))
+        theirs = keys.leaves(recipes.load(run), Recipe)
+        whole = keys.leaves(documents.read(recipes.dump(recipe), "recipe"), Recipe)
         changed += [key for key in sorted(ours) if key not in changed and theirs.get(key) != whole.get(key)]
     if changed:
         more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
@@ -140,13 +142,6 @@ def images(recipe: Recipe, folder: Path, real: "RealSet | None" = None) -> "Real
     raise InputError(
         f"output_dir: {folder} is finished, of other images than {real.id} has now; give this run another output_dir"
     )
-
-
-def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 @contextmanager

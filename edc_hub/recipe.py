@@ -9,21 +9,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from .levers import Curriculum, Densification, Flatness, Residual
 from .protocol import Evaluation
 from .section import (
     Above,
     Area,
     Channels,
     Count,
+    Curriculum,
     Decay,
+    Densification,
     Deviations,
+    Flatness,
     Fraction,
     Name,
     Network,
     Numbered,
     Positive,
     Rate,
+    Residual,
     Section,
     Threads,
     Train,

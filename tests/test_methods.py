@@ -11,11 +11,11 @@ import torch
 import yaml
 from toys import Net, Watching
 
-from edc_hub import condense, launch, methods, recipes
+from edc_hub import condense, keys, methods, recipes
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
-from edc_hub.recipe import selected
+from edc_hub.recipe import Recipe, selected
 
 
 PAPERS = ["imagenet1k", "tiny-imagenet", "cifar100", "cifar10"]
@@ -28,7 +28,7 @@ def recipe(name, method, *argv):
 
 
 def flat(found):
-    return {key: str(value) for key, value in launch._flat(found.model_dump()).items()}
+    return {key: str(value) for key, value in keys.leaves(found.model_dump(), Recipe).items()}
 
 
 def changed(name, before, after):
