@@ -8,15 +8,14 @@ no torch.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from . import arguments, disk, documents, keys, published, recipes
-from .errors import InputError
+from .errors import InputError, naming
 from .protocol import Student, named_students
 from .published import Paper
 from .recipe import Recipe
@@ -205,15 +204,6 @@ def _plain(label: str) -> str:
 
 def _place(row: str, column: str) -> str:
     return f"row '{row}', column '{column}'" if column else f"row '{row}'"
-
-
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Says which cell an error is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
 
 
 def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None:

@@ -5,7 +5,6 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from . import methods, networks, recipe, weights
-from .errors import InputError
+from .errors import InputError, naming
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
@@ -64,14 +63,14 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     found: dict[str, weights.Weights] = {}
     units: dict[str, Unit] = {}
     for name, net in sections.items():
-        with _naming(name):
+        with naming(f"observers.networks: {name}"):
             if net.weights:
                 found[name] = weights.find(net.arch, net.weights)
             units[name] = Unit(STAGE, name, _fingerprint(given, net, real, found.get(name), session))
 
     def start(name: str, seed: int) -> Network:
         net = sections[name]
-        with _naming(name):
+        with naming(f"observers.networks: {name}"):
             network = _build(net, given.source, classes, seed)
             if name in found:
                 weights.load_into(network, found[name], new_head=net.train is not None)
@@ -125,7 +124,7 @@ def least_accuracy(classes: int) -> float:
 
 def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
     """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
-    with _naming(net.name):
+    with naming(f"observers.networks: {net.name}"):
         if net.weights:
             weights.find(net.arch, net.weights)  # raises where there is nothing
         return _ready(_build(net, given.source, classes, seed=0), session)
@@ -134,15 +133,6 @@ def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: 
 def _ready(network: Network, session: Session) -> Network:
     network = network.requires_grad_(False).eval().to(session.device)
     return network.to(memory_format=torch.channels_last) if session.device.type == "cuda" else network
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Says which observer an error is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"observers.networks: {name}: {error}") from error
 
 
 def _build(net: recipe.Network, source: recipe.Source, classes: int, seed: int) -> Network:
@@ -193,17 +183,7 @@ def _train(
     # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
     last = int(len(rows) > 1 and len(rows) % section.batch == 1)
     steps = math.ceil((len(rows) - last) / section.batch)
-    optimizer = torch.optim.SGD(
-        network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
-    )
-
-    def loss(x: Tensor, labels: Tensor) -> Tensor:
-        with session.autocast():
-            return F.cross_entropy(network(x), labels)
-
-    training = Training(
-        network, optimizer, session.device, session.arithmetic, loss, decay=section.ema, average_buffers=False
-    )
+    training = trainer(network, section, session)
     kept: dict[int, State] = {}
     first = 0
     if (state := progress.load()) is not None:
@@ -239,6 +219,20 @@ def _train(
                     kept[epoch + 1] = _copy(training.average.module if training.average else network)
                 progress.save(functools.partial(_state, step + 1, training, kept))
     return kept
+
+
+def trainer(network: Network, section: recipe.Train, session: Session) -> Training:
+    """Steps of SGD with cross-entropy on `network`, in place, of images (B, 3, s, s) in [0, 1] and labels int64."""
+    optimizer = torch.optim.SGD(
+        network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
+    )
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        with session.autocast():
+            return F.cross_entropy(network(x), labels)
+
+    dtype = session.arithmetic
+    return Training(network, optimizer, session.device, dtype, loss, decay=section.ema, average_buffers=False)
 
 
 def _settle(average: Network, batches: Iterator[Tensor], session: Session) -> None:

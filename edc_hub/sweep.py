@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import cells, launch, methods
 from .cells import Cell, Parsed
-from .errors import InputError, OtherFailed, OtherStopped
+from .errors import InputError, OtherFailed, OtherStopped, naming
 from .recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def command(argv: list[str]) -> None:
         print(sweep_plan.show(parsed))
         return
     for cell in parsed.cells:
-        with cells.naming(cell.place):
+        with naming(cell.place):
             for run in cell.runs:
                 methods.find(run.method)
                 folder = launch.run_folder(run)
