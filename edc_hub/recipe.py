@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from .errors import InputError
 from .protocol import Evaluation
 from .section import (
     Above,
@@ -295,16 +296,28 @@ def title(name: str, epoch: int) -> str:
     return f"{name}@{epoch}" if epoch else name
 
 
-def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
+def selected(recipe: Recipe, entries: list[str] | None, key: str = "observers") -> list[tuple[str, int]]:
     """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last.
 
     `*` stands for every name or, behind the @, for every snapshot: `*@4`, `resnet18@*`, `*@*`. Each counts once.
+    Raises InputError naming `key` for an observer or a snapshot that there is none of.
     """
-    kept = {net.name: snapshots(net) or [0] for net in recipe.observers.networks}
+    kept = {net.name: snapshots(net) for net in recipe.observers.networks}
     chosen = []
     for entry in ["*"] if entries is None else entries:
-        name, _, epoch = entry.partition("@")
+        name, at, epoch = entry.partition("@")
+        if name not in kept and name != "*":
+            raise InputError(f"{key}: no observer '{name}'; there are: {', '.join(kept)}; or null for all")
         for one in kept if name == "*" else [name]:
-            epochs = kept[one] if epoch == "*" else [int(epoch)] if epoch else kept[one][-1:]
-            chosen += [(one, number) for number in epochs]
+            epochs = kept[one] if epoch == "*" else kept[one][-1:]
+            if at and epoch != "*":
+                if not kept[one]:
+                    raise InputError(f"{key}: {entry}: {one} is loaded, not trained here; write {one}")
+                epochs = [number for number in kept[one] if str(number) == epoch]
+                if not epochs:
+                    there = ", ".join(title(one, number) for number in kept[one])
+                    raise InputError(
+                        f"{key}: {one}@{epoch} was not kept; write one of: {there}, or add it to snapshots"
+                    )
+            chosen += [(one, number) for number in epochs or [0]]
     return list(dict.fromkeys(chosen))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from .errors import InputError
 from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
-from .recipe import Recipe, selected, snapshots, title
+from .recipe import Recipe, selected, title
 from .versions import NUMBERED
 
 
@@ -92,23 +92,11 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         )
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
-    known = {net.name: snapshots(net) for net in networks}
     for section, used in users.items():
         entries = getattr(recipe, section).observers
         if used and entries == []:
             yield f"{section}.observers: an empty list, but it needs one; name an observer or write null for all"
-        for entry in entries or []:
-            name, at, epoch = entry.partition("@")
-            if name not in known and name != "*":
-                yield f"{section}.observers: no observer '{name}'; there are: {', '.join(known)}; or null for all"
-                continue
-            for one in known if name == "*" else [name]:
-                if at and epoch != "*" and not known[one]:
-                    yield f"{section}.observers: {entry}: {one} is loaded, not trained here; write {one}"
-                elif at and epoch not in ("*", *map(str, known[one])):
-                    kept = ", ".join(f"{one}@{epoch}" for epoch in known[one])
-                    missing = f"{one}@{epoch}" if name == "*" else entry
-                    yield f"{section}.observers: {missing} was not kept; write one of: {kept}, or add it to snapshots"
+        selected(recipe, entries, f"{section}.observers")
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:
