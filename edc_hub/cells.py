@@ -173,21 +173,26 @@ def _cell(
         recipe = recipes.resolve(base, overrides)
         if sweep.split == "holdout" and not recipe.source.holdout:
             raise InputError("source.holdout: 0 keeps no image back for --split holdout; write --source.holdout 0.1")
-        made = {name: value for name, value in overrides.items() if name != "evaluation"}
-        runs = [_run(base, made, overrides, seed, folder.parent) for seed in sweep.set_seeds]
+        made = _made(base, overrides) or recipe
+    runs = [_run(made.model_copy(update={"seed": seed}), folder.parent) for seed in sweep.set_seeds]
     facts = {name: getattr(sweep, name) for name in ("seeds", "split", "controls")}
     facts |= {"evaluation": recipe.evaluation.model_dump(), "runs": [Path(run.output_dir).name for run in runs]}
     name = "--".join(_plain(label) for label in (row, column) if label)
     return Cell(row, column, recipe, runs, folder / "cells" / f"{name}-{_mark(json.dumps(facts))}")
 
 
-def _run(base: dict[str, Any], made: dict[str, Any], overrides: dict[str, Any], seed: int, root: Path) -> Recipe:
-    """What is condensed: without the cell's evaluation, so that cells which differ there are one run."""
+def _made(base: dict[str, Any], overrides: dict[str, Any]) -> Recipe | None:
+    """What is condensed: without the cell's evaluation, so that cells which differ there are one run. None for a set
+    that asks for a way to be evaluated, as relabel.codec observers does."""
     try:
-        recipe = recipes.resolve(base, {**made, "seed": seed})
-    except InputError:  # a set that asks for a way to be evaluated, as relabel.codec observers does
-        recipe = recipes.resolve(base, {**overrides, "seed": seed})
-    name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{seed}")
+        return recipes.resolve(base, {name: value for name, value in overrides.items() if name != "evaluation"})
+    except InputError:
+        return None
+
+
+def _run(recipe: Recipe, root: Path) -> Recipe:
+    """With the folder of the run."""
+    name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{recipe.seed}")
     # with local paths as they are: two sources in folders of one name are two runs
     decides = recipe.model_dump(mode="json", exclude=_ELSEWHERE.keys() - {"seed"})
     mark = _mark(json.dumps(decides, sort_keys=True))
@@ -212,19 +217,19 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
 
     known = set()
     for cell in cells:
+        recipe = cell.recipe  # from which its runs differ in the seed and in how nobody evaluates them
         with naming(cell.place):
-            for recipe in (*cell.runs, cell.recipe):
-                real = open_source(recipe)
-                initialize.check(recipe, real)
-                labels.check(recipe, len(real.names))
-                named = [("evaluation.students", name, it) for name, it in named_students(recipe.evaluation).items()]
-                named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
-                for key, name, net in named:
-                    mark = (net.model_dump_json(), recipe.source.model_dump_json())
-                    if mark not in known:
-                        with naming(f"{key}: {name}"):
-                            networks.described(net, len(real.names), seed=0, **recipe.source.face)
-                    known.add(mark)
+            real = open_source(recipe)
+            initialize.check(recipe, real)
+            labels.check(recipe, len(real.names))
+            named = [("evaluation.students", name, it) for name, it in named_students(recipe.evaluation).items()]
+            named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
+            for key, name, net in named:
+                mark = (net.model_dump_json(), recipe.source.model_dump_json())
+                if mark not in known:
+                    with naming(f"{key}: {name}"):
+                        networks.described(net, len(real.names), seed=0, **recipe.source.face)
+                known.add(mark)
 
 
 # Texts

@@ -1,7 +1,8 @@
 """Reading sweeps: cells and their runs, what is refused before any work, the plan, and every table that ships."""
 
 import pytest
-from helpers_sweep import arguments, begun, written
+import yaml
+from helpers_sweep import RECIPE, arguments, begun, written
 
 from edc_hub import cells, cli, published, recipes, sweep, sweep_plan, sweep_table
 
@@ -142,6 +143,13 @@ def test_students_of_a_command_line_go_before_those_of_the_file(root, tmp_path):
     for key in ("--students", "--evaluation.students"):
         parsed = cells.parse([str(file), "--output_dir", str(tmp_path / "runs"), key, "convnet3"])
         assert {*parsed.cells[0].recipe.evaluation.students} == {"convnet3"}
+
+
+def test_students_of_the_recipe_that_no_cell_trains_need_not_exist(root, tmp_path):
+    below = {**RECIPE, "evaluation": {**RECIPE["evaluation"], "students": ["resnet81"]}}
+    (root / "below.yaml").write_text(yaml.safe_dump(below))
+    file = written(root, "own", recipe=str(root / "below.yaml"), students=["convnet3"], paper=None)
+    cells.check(cells.parse([str(file), "--output_dir", str(tmp_path / "runs")]).cells, sweep._opener())
 
 
 def test_the_table_says_what_random_draws_count_and_that_the_paper_s_figures_are_of_the_test_split(root, tmp_path):
