@@ -20,7 +20,6 @@ from .recipe import Recipe
 
 
 ROOM = 2 * 10**9  # bytes below which none but the smallest runs end
-PUBLIC = "https://huggingface.co"
 
 
 class Finding(NamedTuple):
@@ -116,10 +115,10 @@ def _xet() -> Finding:
         return Finding("xet", "not installed; files go over plain HTTP")
     if constants.HF_HUB_DISABLE_XET:
         return Finding("xet", f"{text}, off: HF_HUB_DISABLE_XET is set")
-    if constants.ENDPOINT == PUBLIC:
+    if constants.ENDPOINT == constants._HF_DEFAULT_ENDPOINT:
         return Finding("xet", f"{text}, on")
     remedy = "set HF_HUB_DISABLE_XET=1, unless that Hub is known to speak xet: uploads to one that does not fail"
-    return Finding("xet", f"{text}, on, and HF_ENDPOINT is not {PUBLIC}", remedy)
+    return Finding("xet", f"{text}, on, and HF_ENDPOINT is not {constants._HF_DEFAULT_ENDPOINT}", remedy)
 
 
 def _token() -> Finding:

@@ -166,7 +166,8 @@ def complaint(error: ValidationError, root: type[Section], above: str = "") -> s
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
-    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root, above)}"
+    expected = _EXPECTED.get(kind, kind.replace("_", " ")).format(**context)
+    return f"{place}: expected {expected}, got {_short(value)}; {_example(path, root, above)}"
 
 
 def _follows(entry: Any) -> int:
@@ -182,27 +183,25 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
     return place, path
 
 
-def _expected(kind: str, context: dict[str, Any]) -> str:
-    words = {
-        "int_type": "an integer",
-        "int_from_float": "an integer",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "dict_type": "keys and values",
-        "model_type": "a section of keys and values",
-        "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
-        "literal_error": f"one of {context.get('expected')}",
-        "too_short": f"a list of {context.get('min_length')}",
-        "too_long": f"a list of {context.get('max_length')}",
-        "greater_than": f"more than {context.get('gt'):g}" if "gt" in context else "",
-        "greater_than_equal": f"at least {context.get('ge'):g}" if "ge" in context else "",
-        "less_than": f"less than {context.get('lt'):g}" if "lt" in context else "",
-        "less_than_equal": f"at most {context.get('le'):g}" if "le" in context else "",
-    }
-    return words.get(kind, kind.replace("_", " "))
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "a section of keys and values",
+    "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
+    "literal_error": "one of {expected}",
+    "too_short": "a list of {min_length}",
+    "too_long": "a list of {max_length}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
 
 
 def _example(path: str, root: type[Section], above: str) -> str:

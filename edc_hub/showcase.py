@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import Field
 
 from . import arguments, card, documents, launch, recipes, snippets
-from .errors import InputError
 from .section import Positive, Section
 
 
@@ -34,11 +33,9 @@ def command(argv: list[str]) -> None:
     run, options = arguments.of_run(argv, "showcase", Options)
     if not launch.is_first():  # under a launcher
         return
-    folder = run / "dataset"
-    if not (folder / "manifest.json").is_file():
-        raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")
+    recipes.of_run(run)  # raises where there is none; a lock would make the folder
     with launch.lock(run):
-        publish(folder, measure(run, options.seeds))
+        publish(run / "dataset", measure(run, options.seeds))
 
 
 main = launch.entry(command)

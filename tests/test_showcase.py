@@ -86,7 +86,7 @@ def test_the_lines_are_trained_and_tested(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ([], "showcase: no finished set in"),
+        ([], "run: no finished set in"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--sedes", "3"], "sedes: unknown key; did you mean 'seeds'?"),
         (["other"], "showcase: expected RUN, got"),
