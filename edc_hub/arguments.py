@@ -61,7 +61,7 @@ def _underscored(path: str, known: Collection[str]) -> str:
     for count in range(len(parts), 0, -1):
         if (head := ".".join(parts[:count]).replace("-", "_")) in known:
             return ".".join([head, *parts[count:]])
-    return path
+    return path.replace("-", "_")
 
 
 def help_asked(argv: list[str], text: Callable[[], str]) -> None:
