@@ -1,9 +1,9 @@
 """A command line as recipe, overrides and flags."""
 
-from pathlib import Path
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
-from . import keys
+from . import disk, keys
 from .documents import read
 from .errors import InputError
 from .section import Section
@@ -30,7 +30,7 @@ def split(
             named.append(word)
             continue
         path, equals, text = word[2:].partition("=")
-        path = path.replace("-", "_")
+        path = _underscored(path, {*known, *flags})
         switch = path in flags or (path in known and known[path].field.annotation is bool)
         if not equals:
             if switch and (not rest or rest[0].lower() not in _TRUTHS):
@@ -55,11 +55,27 @@ def split(
     return named, overrides, given
 
 
+def _underscored(path: str, known: Collection[str]) -> str:
+    """dry-run as dry_run. What stands below a key, as the name of a student in evaluation.per_student, stays."""
+    parts = path.split(".")
+    for count in range(len(parts), 0, -1):
+        if (head := ".".join(parts[:count]).replace("-", "_")) in known:
+            return ".".join([head, *parts[count:]])
+    return path.replace("-", "_")
+
+
+def help_asked(argv: list[str], text: Callable[[], str]) -> None:
+    """Prints `text()` on stdout and exits with 0 where a command line asks for help."""
+    if "--help" in argv or "-h" in argv:
+        print(text(), flush=True)
+        raise SystemExit(0)
+
+
 def put_students(given: dict[str, Any], students: list[Any]) -> None:
     """`--students`, short for `evaluation.students`, into the keys that are given."""
     if not isinstance(given.setdefault("evaluation", {}), dict):
         raise InputError("evaluation: expected keys and values; write e.g. --evaluation.epochs 300")
-    given["evaluation"]["students"] = students
+    given["evaluation"].setdefault("students", students)  # a sweep's file may have these, a command line the others
 
 
 def of_run(
@@ -69,16 +85,14 @@ def of_run(
 
     `--help` prints to stdout and exits with 0.
     """
-    if "--help" in argv or "-h" in argv:
-        head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
-        print("\n".join([head, *keys.help_lines(root)]))
-        raise SystemExit(0)
+    head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
+    help_asked(argv, lambda: "\n".join([head, *keys.help_lines(root)]))
     named, given, _ = split(argv, root, {})
     options = keys.validated(root, given)
     if len(named) != len(words.split()):
         asked, got = " and ".join(words.split()), " ".join(named) or "nothing"
         raise InputError(f"{command}: expected {asked}, got {got}; write edc-hub {command} {words}")
-    return Path(named[0]).expanduser(), *named[1:], options
+    return disk.local(named[0], command), *named[1:], options
 
 
 def _value(text: str, path: str, kind: str) -> Any:

@@ -8,16 +8,14 @@ no torch.
 import hashlib
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from . import arguments, documents, keys, published, recipes
-from .errors import InputError
+from . import arguments, disk, documents, keys, published, recipes
+from .errors import InputError, naming
 from .protocol import Student, named_students
 from .published import Paper
 from .recipe import Recipe
@@ -92,25 +90,24 @@ class Parsed(NamedTuple):
     dry_run: bool
 
 
-def parse(argv: list[str] | None) -> Parsed:
+def parse(argv: list[str]) -> Parsed:
     """The sweep of a command line, every cell resolved. `--help` prints to stdout and exits with 0.
 
     Raises InputError, naming row and column, on anything that looking at recipes can find.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(_usage(), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     named, given, flags = arguments.split(argv, _Known, _FLAGS)
     if len(named) != 1:
-        raise InputError(f"sweep: expected one, got {len(named)}; write a YAML file or one of: {_listing()}")
+        raise InputError(
+            f"sweep: expected one, got {len(named)}; write a YAML file or one of: {recipes.listing(SHIPPED)}"
+        )
     file = recipes.find(named[0], SHIPPED, "sweep")
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
     sweep = _model(documents.load(file) | chosen)
     if sweep.students is not None:
         students = [each if isinstance(each, str) else each.model_dump() for each in sweep.students]
         arguments.put_students(given, students)
-    folder = Path(given.pop("output_dir", None) or f"runs/sweep-{file.stem}").expanduser()
+    folder = disk.local(given.pop("output_dir", None) or f"runs/sweep-{file.stem}", "output_dir")
     return Parsed(sweep, _cells(sweep, given, folder), folder, flags["dry_run"])
 
 
@@ -122,6 +119,9 @@ def _model(content: dict[str, Any]) -> Sweep:
             raise InputError(f"{name}: {values}; give at least one, and each once")
     if not sweep.rows:
         raise InputError("rows: none given; write e.g. rows: {edc: {method: edc}, random: {method: random}}")
+    for label in (*sweep.rows, *sweep.columns):
+        if len(label.splitlines()) > 1:
+            raise InputError(f"rows and columns: the label {label!r} breaks a table's line; write it in one line")
     published.check(sweep.paper, sweep.rows, sweep.columns)
     if sweep.only == []:
         raise InputError(f"only: an empty list; write labels of rows, e.g. --only '{json.dumps([*sweep.rows][:1])}'")
@@ -145,13 +145,15 @@ def _cells(sweep: Sweep, given: dict[str, Any], folder: Path) -> list[Cell]:
         for key in part.keys() & _ELSEWHERE.keys():
             raise InputError(f"{name}: {key}: the same for the whole sweep; {_ELSEWHERE[key]}")
         if name != "common":
-            for key in sorted(leaves(part).keys() & leaves(given).keys()):
-                raise InputError(f"--{key}: {name} sets it; remove it, or sweep over a file of your own")
+            for key in sorted(keys.leaves(part, Recipe).keys() & keys.leaves(given, Recipe).keys()):
+                # the file's own `students` are given for all cells, too
+                shown = "students" if sweep.students and key == "evaluation.students" else f"--{key}"
+                raise InputError(f"{shown}: {name} sets it; remove it, or sweep over a file of your own")
     for key in given.keys() & {"seed", "hub"}:
         raise InputError(f"--{key}: not of a sweep; {_ELSEWHERE[key]}")
     for row, one in sweep.rows.items():
         for column, other in sweep.columns.items():
-            for key in sorted(leaves(one).keys() & leaves(other).keys()):
+            for key in sorted(keys.leaves(one, Recipe).keys() & keys.leaves(other, Recipe).keys()):
                 raise InputError(f"{_place(row, column)}: both set {key}; leave it to one of them")
     base = recipes.load(recipes.find(sweep.recipe))
     columns = sweep.columns or {"": {}}
@@ -171,21 +173,26 @@ def _cell(
         recipe = recipes.resolve(base, overrides)
         if sweep.split == "holdout" and not recipe.source.holdout:
             raise InputError("source.holdout: 0 keeps no image back for --split holdout; write --source.holdout 0.1")
-        made = {name: value for name, value in overrides.items() if name != "evaluation"}
-        runs = [_run(base, made, overrides, seed, folder.parent) for seed in sweep.set_seeds]
+        made = _made(base, overrides) or recipe
+    runs = [_run(made.model_copy(update={"seed": seed}), folder.parent) for seed in sweep.set_seeds]
     facts = {name: getattr(sweep, name) for name in ("seeds", "split", "controls")}
     facts |= {"evaluation": recipe.evaluation.model_dump(), "runs": [Path(run.output_dir).name for run in runs]}
     name = "--".join(_plain(label) for label in (row, column) if label)
     return Cell(row, column, recipe, runs, folder / "cells" / f"{name}-{_mark(json.dumps(facts))}")
 
 
-def _run(base: dict[str, Any], made: dict[str, Any], overrides: dict[str, Any], seed: int, root: Path) -> Recipe:
-    """What is condensed: without the cell's evaluation, so that cells which differ there are one run."""
+def _made(base: dict[str, Any], overrides: dict[str, Any]) -> Recipe | None:
+    """What is condensed: without the cell's evaluation, so that cells which differ there are one run. None for a set
+    that asks for a way to be evaluated, as relabel.codec observers does."""
     try:
-        recipe = recipes.resolve(base, {**made, "seed": seed})
-    except InputError:  # a set that asks for a way to be evaluated, as relabel.codec observers does
-        recipe = recipes.resolve(base, {**overrides, "seed": seed})
-    name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{seed}")
+        return recipes.resolve(base, {name: value for name, value in overrides.items() if name != "evaluation"})
+    except InputError:
+        return None
+
+
+def _run(recipe: Recipe, root: Path) -> Recipe:
+    """With the folder of the run."""
+    name = _plain(f"{recipe.name}-{recipe.method}-ipc{recipe.ipc}-seed{recipe.seed}")
     # with local paths as they are: two sources in folders of one name are two runs
     decides = recipe.model_dump(mode="json", exclude=_ELSEWHERE.keys() - {"seed"})
     mark = _mark(json.dumps(decides, sort_keys=True))
@@ -200,31 +207,8 @@ def _plain(label: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", label).strip("-")
 
 
-def leaves(given: dict[str, Any], section: type[Section] = Recipe, prefix: str = "") -> dict[str, Any]:
-    """What overrides set, by dotted key. As where they are laid over each other, a value that is no section, as the
-    keys and values of evaluation.per_student, is one whole."""
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        field = section.model_fields.get(key)
-        inner = field.annotation if field and isinstance(field.annotation, type) else None
-        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
-            found |= leaves(value or {}, inner, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
-
-
 def _place(row: str, column: str) -> str:
     return f"row '{row}', column '{column}'" if column else f"row '{row}'"
-
-
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Says which cell an error is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from error
 
 
 def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None:
@@ -233,33 +217,29 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
 
     known = set()
     for cell in cells:
+        recipe = cell.recipe  # from which its runs differ in the seed and in how nobody evaluates them
         with naming(cell.place):
-            for recipe in (*cell.runs, cell.recipe):
-                real = open_source(recipe)
-                initialize.check(recipe, real)
-                labels.check(recipe, len(real.names))
-                named = [("evaluation.students", name, it) for name, it in named_students(recipe.evaluation).items()]
-                named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
-                for key, name, net in named:
-                    mark = (net.model_dump_json(), recipe.source.model_dump_json())
-                    if mark not in known:
-                        with naming(f"{key}: {name}"):
-                            networks.described(net, len(real.names), seed=0, **recipe.source.face)
-                    known.add(mark)
+            real = open_source(recipe)
+            initialize.check(recipe, real)
+            labels.check(recipe, len(real.names))
+            named = [("evaluation.students", name, it) for name, it in named_students(recipe.evaluation).items()]
+            named += [("observers.networks", net.name, net) for net in recipe.observers.networks]
+            for key, name, net in named:
+                mark = (net.model_dump_json(), recipe.source.model_dump_json())
+                if mark not in known:
+                    with naming(f"{key}: {name}"):
+                        networks.described(net, len(real.names), seed=0, **recipe.source.face)
+                known.add(mark)
 
 
 # Texts
-
-
-def _listing() -> str:
-    return ", ".join(recipes.shipped(SHIPPED))
 
 
 def _usage() -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         "usage: edc-hub sweep TABLE [--seeds 0,1,2 --split holdout …] [--section.key value ...]\n\n"
-        f"TABLE is a YAML file or one of: {_listing()}\n"
+        f"TABLE is a YAML file or one of: {recipes.listing(SHIPPED)}\n"
         "A key of the recipe (edc-hub condense --help) is set for all cells. --output_dir is the folder of the\n"
         f"tables, runs/sweep-TABLE when not given; runs and artifacts lie beside it.\n\n{flags}\n"
     )

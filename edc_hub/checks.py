@@ -20,7 +20,6 @@ from .recipe import Recipe
 
 
 ROOM = 2 * 10**9  # bytes below which none but the smallest runs end
-PUBLIC = "https://huggingface.co"
 
 
 class Finding(NamedTuple):
@@ -116,10 +115,10 @@ def _xet() -> Finding:
         return Finding("xet", "not installed; files go over plain HTTP")
     if constants.HF_HUB_DISABLE_XET:
         return Finding("xet", f"{text}, off: HF_HUB_DISABLE_XET is set")
-    if constants.ENDPOINT == PUBLIC:
+    if constants.ENDPOINT == constants._HF_DEFAULT_ENDPOINT:
         return Finding("xet", f"{text}, on")
     remedy = "set HF_HUB_DISABLE_XET=1, unless that Hub is known to speak xet: uploads to one that does not fail"
-    return Finding("xet", f"{text}, on, and HF_ENDPOINT is not {PUBLIC}", remedy)
+    return Finding("xet", f"{text}, on, and HF_ENDPOINT is not {constants._HF_DEFAULT_ENDPOINT}", remedy)
 
 
 def _token() -> Finding:
@@ -150,7 +149,7 @@ def disk(recipe: Recipe | None) -> Iterator[Finding]:
     caches = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     for name, place in zip(("runs", "hub cache", "data cache"), (runs, *caches), strict=True):
         elsewhere = "write --output_dir on another disk" if name == "runs" else "set HF_HOME to another disk"
-        there = place.expanduser().absolute()
+        there = Path(os.path.expanduser(place)).absolute()
         there = next(folder for folder in (there, *there.parents) if os.path.exists(folder))
         free = shutil.disk_usage(there).free
         if not (there.is_dir() and os.access(there, os.W_OK)):

@@ -4,16 +4,14 @@ Nothing here imports torch.
 """
 
 import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from . import arguments, documents, keys, recipes, rules
+from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
 from .protocol import Evaluation, Student
-from .recipe import Source
+from .recipe import Recipe, Source
 from .section import Count, Positive, Rate, Section, Threads
 
 
@@ -68,25 +66,24 @@ class Parsed(NamedTuple):
     print_recipe: bool
 
 
-def parse(argv: list[str] | None) -> Parsed:
+def parse(argv: list[str]) -> Parsed:
     """What a command line asks for, with the sets it names opened. `--help` prints to stdout and exits with 0.
 
     Layers: field default < the set's own recipe (or, where another protocol is named, that protocol) < the recipe
     file < the command line. Raises InputError on anything wrong.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(_usage(), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     named, overrides, flags = arguments.split(argv, _Typed, _FLAGS)
     if (students := overrides.pop("students", None)) is not None:
         arguments.put_students(overrides, students)
     if len(named) > 1:
         raise InputError(f"recipe: expected at most one, got {' '.join(named)}; a set is named by --dataset")
-    if named and Path(named[0]).expanduser().is_dir():
+    if named and os.path.isdir(os.path.expanduser(named[0])):
         raise InputError(f"dataset: {named[0]} is a folder, and a recipe is a file; write --dataset {named[0]}")
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
-    return resolve(keys.layered([*layers, overrides], Comparison))._replace(print_recipe=flags["print_recipe"])
+    found = resolve(keys.layered([*layers, overrides], Comparison))
+    recipes.refuse_strangers(overrides, found.comparison.evaluation)
+    return found._replace(print_recipe=flags["print_recipe"])
 
 
 def resolve(given: dict[str, Any]) -> Parsed:
@@ -98,7 +95,7 @@ def resolve(given: dict[str, Any]) -> Parsed:
         raise InputError("seeds: an empty list; write e.g. --seeds 0,1,2")
     if len(set(asked.seeds)) < len(asked.seeds):
         raise InputError(f"seeds: one is given twice in {asked.seeds}; give each once")
-    folders = [place for place in asked.dataset if Path(place).expanduser().is_dir()]
+    folders = [place for place in asked.dataset if disk.local(place, "dataset").is_dir()]
     if asked.revision and folders:
         raise InputError(f"revision: {folders[0]} is a folder, and only sets on the Hub have revisions; remove it")
     from .condensed import CondensedSet
@@ -108,17 +105,16 @@ def resolve(given: dict[str, Any]) -> Parsed:
         _refuse_strange_run(place, condensed)
     _refuse_different(sets, asked.dataset)
     comparison = keys.validated(Comparison, _resolved(given, sets[0]))
-    rules.validate_protocol(comparison.evaluation)
+    rules.validate_protocol(comparison.evaluation, sets[0].manifest["images"]["size"])
     _refuse_seen_holdout(comparison, sets[0])
     return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
 
 
 def _usage() -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
-    shipped = ", ".join(recipes.shipped(_SHIPPED))
     head = (
         "usage: edc-hub evaluate [RECIPE] --dataset FOLDER|ORG/NAME[,…] [--section.key value ...]\n\n"
-        f"RECIPE is a YAML file or one of: {shipped}\n"
+        f"RECIPE is a YAML file or one of: {recipes.listing(_SHIPPED)}\n"
         "Without one the protocol is that of the set's own recipe; --evaluation.protocol names another.\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b.\n\n{flags}\n"
     )
@@ -127,7 +123,7 @@ def _usage() -> str:
 
 def _folder(place: str) -> str:
     """A finished run's dataset folder where the run is named. InputError for a run without one."""
-    run = Path(place).expanduser()
+    run = disk.local(place, "dataset")
     if not run.is_dir():
         return place
     if (run / "recipe.yaml").is_file() and not (run / "manifest.json").is_file():  # a run, not a dataset folder
@@ -151,16 +147,10 @@ def _refuse_strange_run(place: str, condensed: "CondensedSet") -> None:
 
 def _differing(one: dict[str, Any], other: dict[str, Any], sections: tuple[str, ...]) -> list[str]:
     """The keys, dotted, in which two recipes make other sets."""
-    ours, theirs = (recipes.resolve(content).model_dump(include=set(sections)) for content in (one, other))
-    found = []
-    for name in sections:
-        if not isinstance(ours[name], dict):
-            found += [name] * (ours[name] != theirs[name])
-            continue
-        names = [key for key in ours[name] | theirs[name] if key not in _OWN]  # of options, any
-        changed = [key for key in names if ours[name].get(key) != theirs[name].get(key)]
-        found += [f"{name}.{key}" for key in changed]
-    return found
+    both = (recipes.resolve(content).model_dump(include=set(sections)) for content in (one, other))
+    ours, theirs = (keys.leaves(content, Recipe) for content in both)
+    every = (key for key in ours | theirs if key.rpartition(".")[2] not in _OWN)
+    return [key for key in every if ours.get(key) != theirs.get(key)]
 
 
 def _refuse_different(sets: "list[CondensedSet]", places: list[str]) -> None:
@@ -203,10 +193,9 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     carried = first.recipe
     evaluation = carried.get("evaluation") or {}
     protocol = (given.get("evaluation") or {}).get("protocol", evaluation.get("protocol"))
-    below = [evaluation]
+    below = dict(evaluation)
     if protocol != evaluation.get("protocol"):
-        below = [{"protocol": protocol}, *_blocks(protocol, first)]
-    below = keys.layered(below, Evaluation)
+        below = {"protocol": protocol, **_preset(protocol, first)}
     recipes.let_through(below, given.get("evaluation") or {})
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
@@ -215,13 +204,13 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     return keys.layered([*under, given], Comparison)
 
 
-def _blocks(protocol: str, first: "CondensedSet") -> list[dict[str, Any]]:
-    return recipes.blocks("protocol", protocol, first.manifest["name"], first.manifest["ipc"])
+def _preset(protocol: str, first: "CondensedSet") -> dict[str, Any]:
+    return recipes.protocol(protocol, first.manifest["name"], first.manifest["ipc"])
 
 
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     """The protocol's name, and in brackets every value that is not the preset's: `rd3 (labels stored)`."""
-    preset = keys.layered(_blocks(section.protocol, first), Evaluation)
+    preset = _preset(section.protocol, first)
     ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
     named = {"protocol", "students", "teachers"}
     if section.augment != "own":

@@ -21,11 +21,6 @@ if TYPE_CHECKING:  # torch is imported once the recipe is known to be right: a t
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or does the job."""
     recipe, dry_run, print_recipe = recipes.parse(argv, prog="condense")
@@ -46,6 +41,9 @@ def command(argv: list[str]) -> None:
     launch.refuse_what_is_not_ours(folder)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     launch.make(recipe, folder, lambda session: condense(recipe, folder, session))
+
+
+main = launch.entry(command)
 
 
 def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | None" = None) -> Path:
@@ -78,6 +76,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
         with clock(each.label):
             wrote |= pictures.label_and_write(recipe, real, watching, each, session)
     if session.state.is_main_process:
+        launch.keep(recipe, folder)
         if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
             pictures.write_facts(real, clock, folder, session)
         pictures.say_where(recipe, real, made.place, session)

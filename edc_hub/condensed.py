@@ -68,7 +68,7 @@ def write(
     Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
     observers: those of the run, for their facts; control: `initial` or `random` for a control set; origin: where
     images come from that were not made here.
-    Errors: InputError where the disk refuses.
+    Errors: InputError where the disk refuses, and where the folder holds other images or labels.
     """
     published = recipes.published(recipe)
     known = manifest.facts(recipe, files, real, labels, observers, control, published)
@@ -170,7 +170,7 @@ class CondensedSet:
         revision of a folder, and where `full` asks for what the set has not.
         """
         place = os.path.expanduser(folder_or_id)
-        if Path(place).is_dir():
+        if os.path.isdir(place):
             if revision:
                 raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")
             folder = Path(os.path.abspath(place))  # a run is looked for above it

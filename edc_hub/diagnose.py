@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import arguments, launch, recipes
+from . import arguments, disk, launch, recipes
 from .errors import InputError
-from .section import Positive, Section
+from .section import Positive, Section, Threads
 
 
 if TYPE_CHECKING:
@@ -43,12 +43,7 @@ class Options(Section):
     )
     output_dir: str | None = Field(None, description="where the files go; the run folder when not given")
     device: Literal["auto", "cpu", "cuda"] | None = Field(None, description="where networks run; as the run's if null")
-    threads: Positive | None = Field(None, description="CPU threads; as the run's when not given")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
+    threads: Threads | None = Field(None, description="CPU threads; as the run's when not given")
 
 
 def command(argv: list[str]) -> None:
@@ -58,9 +53,12 @@ def command(argv: list[str]) -> None:
 
     recipe = recipes.of_run(run)
     recipe = recipe.model_copy(update=options.model_dump(include={"device", "threads"}, exclude_none=True))
-    folder = Path(options.output_dir).expanduser() if options.output_dir else run
+    folder = disk.local(options.output_dir, "output_dir") if options.output_dir else run
     with launch.lock(folder), launch.session(recipe, run.absolute().parent / "artifacts") as session:
         diagnose(finished.Finished(run, recipe, session), options, folder)
+
+
+main = launch.entry(command)
 
 
 def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any]:
@@ -69,7 +67,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
     What a measure needs is looked for before the first one starts. Raises InputError where a measure that was asked
     for cannot be made; of those that nobody named the file says why.
     """
-    from . import disk, panels, pictures
+    from . import panels, pictures
 
     ready, unavailable = {}, {}
     for name in dict.fromkeys(options.measures):

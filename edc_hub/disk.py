@@ -19,6 +19,21 @@ _UMASK = os.umask(0)
 os.umask(_UMASK)
 
 
+def local(path: str | Path, key: str) -> Path:
+    """`path` with ~ as a home folder. InputError naming `key` where that is nobody's, or no disk can have the name."""
+    try:
+        found = os.path.expanduser(path)
+        os.stat(found)
+    except ValueError as error:
+        raise InputError(f"{key}: {str(path)[:60]!r} is no path: {error}; write another") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{key}: {str(path)[:60]!r}… is too long for a path; write a shorter one") from error
+    if found.startswith("~"):
+        raise InputError(f"{key}: no home folder for {found}; write the path in full, or ./{found} for one here")
+    return Path(found)
+
+
 def temporary(path: Path) -> Path:
     """A name beside `path` that carries host and process, for writing before a rename."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
@@ -63,6 +78,7 @@ def _disk_error(error: Exception, key: str = "output_dir") -> str | None:
         errno.EPERM: f"no permission; choose another {key}",
         errno.ENOTDIR: f"a part of the path is a file; choose another {key}",
         errno.EEXIST: f"a part of the path is a file; choose another {key}",
+        errno.ENAMETOOLONG: f"a name in it is too long; choose another {key}",
         errno.EFBIG: "the file is larger than this disk or process may write",
     }
     if isinstance(error, OSError):

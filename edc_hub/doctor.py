@@ -19,8 +19,7 @@ _USAGE = """\
 usage: edc-hub doctor [RECIPE] [--section.key value ...]
 
 Checks versions, devices, the Hub's endpoint, xet, the token and its write permission, and free disk; with a recipe
-also its device, source and weights, without downloading them. Exits with 1 if a check fails.
-"""
+also its device, source and weights, without downloading them. Exits with 1 if a check fails."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> list[Finding]:
     """Prints the findings as they come; returns those that failed."""
-    if "--help" in argv or "-h" in argv:
-        print(_USAGE, end="")
+    arguments.help_asked(argv, lambda: _USAGE)
+    recipe, failed = _recipe(argv), []
+    if not launch.is_first():  # under a launcher
         return []
-    failed = []
-    for name, text, remedy in findings(_recipe(argv)):
+    for name, text, remedy in findings(recipe):
         line = f"{'FAIL' if remedy else 'ok':<6}{name:<12}{text}{f'; {remedy}' if remedy else ''}"
         print(" ".join(line.splitlines()), flush=True)
         if remedy:

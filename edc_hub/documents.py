@@ -32,6 +32,11 @@ def load(path: Path) -> dict[str, Any]:
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as people mean it: 2e-5 is a number, and a key given twice is an error."""
 
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if "\0" in (found := super().construct_scalar(node)):
+            raise yaml.constructor.ConstructorError(None, None, "a text with a zero byte", node.start_mark)
+        return found
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:

@@ -1,5 +1,8 @@
 """The exception that a user can cause, and those that another process can."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """What the user gave is wrong: a recipe key, a file, a data set, a device.
@@ -7,6 +10,15 @@ class InputError(ValueError):
     The message is one line: the key or file, what is wrong with it, and what to write instead. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Says what the InputErrors inside are about: `place: …`."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error
 
 
 def first_line(error: Exception) -> str:

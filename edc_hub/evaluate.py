@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import comparison, documents, launch
+from . import comparison, disk, documents, launch
 from .comparison import Comparison, Parsed
 
 
@@ -19,11 +19,6 @@ if TYPE_CHECKING:
     from .condensed import CondensedSet
     from .trials import Done
     from .work import Session
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
 
 
 def command(argv: list[str]) -> None:
@@ -38,6 +33,9 @@ def command(argv: list[str]) -> None:
         evaluate(parsed, folder, session)
 
 
+main = launch.entry(command)
+
+
 def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     """Where results go, and where students are kept: beside the run that made the set, else under runs/."""
     run = first.run
@@ -49,13 +47,13 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
         own /= asked.evaluation.protocol
     if asked.split != "test":
         own /= asked.split
-    folder = Path(asked.output_dir).expanduser() if asked.output_dir else own
+    folder = disk.local(asked.output_dir, "output_dir") if asked.output_dir else own
     return folder, (run or folder).parent / "artifacts"
 
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
     """Trains what is missing and writes the results; every process of the group calls it."""
-    from . import disk, record, report, trackers
+    from . import record, report, trackers
 
     asked = parsed.comparison
     trackers.check(asked.report_to)

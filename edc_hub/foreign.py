@@ -3,13 +3,12 @@
 import json
 import shlex
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import hub, pixels, recipe, source
+from . import disk, hub, pixels, recipe, source
 from .errors import InputError
 from .source import RealSet
 
@@ -63,7 +62,7 @@ def _flags(given: "Given") -> str:
 
 
 def _grid(place: str, commit: str | None) -> int:
-    folder = hub.fetch(place, commit, "manifest.json") if commit else Path(place).expanduser()
+    folder = hub.fetch(place, commit, "manifest.json") if commit else disk.local(place, "images")
     try:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["decode"]["grid"]
     except (OSError, ValueError, KeyError, TypeError):  # no file of ours

@@ -3,12 +3,11 @@
 Nothing here imports torch.
 """
 
-from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import Field
 
-from . import arguments, keys, recipes
+from . import arguments, disk, keys, recipes
 from .errors import InputError
 from .recipe import Recipe, selected
 from .section import Numbered, Positive, Section
@@ -51,10 +50,7 @@ def parse(argv: list[str]) -> Parsed:
 
     Raises InputError on anything wrong.
     """
-    if "--help" in argv or "-h" in argv:
-        own = "\n".join(keys.help_lines(Given))
-        print(f"{recipes.usage('relabel --images FOLDER|ORG/NAME')}\n\nimages to label:\n{own}", flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, _usage)
     own, rest = _apart(argv)
     _, named, _ = arguments.split(own, Given, {})
     if "images" not in named:
@@ -62,6 +58,11 @@ def parse(argv: list[str]) -> Parsed:
     given = keys.validated(Given, named)
     parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel")
     return Parsed(given, rest, _adapted(parsed.recipe, given), parsed.dry_run, parsed.print_recipe)
+
+
+def _usage() -> str:
+    own = "\n".join(keys.help_lines(Given))
+    return f"{recipes.usage('relabel --images FOLDER|ORG/NAME')}\n\nimages to label:\n{own}"
 
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:
@@ -85,7 +86,7 @@ def _adapted(recipe: Recipe, given: Given) -> Recipe:
     """With the method `relabel`, the observers that label alone, and a run folder named by the images."""
     used = {name for name, _ in selected(recipe, recipe.relabel.observers)}
     networks = [net for net in recipe.observers.networks if net.name in used]
-    name = Path(given.images).expanduser().resolve().name
+    name = disk.local(given.images, "images").resolve().name
     changed = {
         "method": "relabel",
         "observers": recipe.observers.model_copy(update={"networks": networks}),

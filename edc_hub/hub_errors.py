@@ -150,7 +150,7 @@ def _writing(error: Exception, id: str) -> str | None:
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
     if isinstance(error, HFValidationError):
         return f"hub.id: {id} is no name of a repository; write ORG/NAME ({first_line(error)})"
-    if _lacks_xet(error) and not _is_default(endpoint):
+    if _lacks_xet(error) and endpoint != constants._HF_DEFAULT_ENDPOINT:
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
         return "HF_HUB_OFFLINE: is set, and publishing needs the network; unset it"
@@ -171,10 +171,6 @@ def _writing(error: Exception, id: str) -> str | None:
             "command again to go on"
         )
     return None
-
-
-def _is_default(endpoint: str) -> bool:
-    return endpoint.rstrip("/") == "https://huggingface.co"
 
 
 def _without_token(text: str) -> str:

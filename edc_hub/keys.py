@@ -114,14 +114,29 @@ def layered(layers: list[dict[str, Any]], section: type[Section]) -> dict[str, A
 def _merge(below: dict[str, Any], above: dict[str, Any], section: type[Section]) -> None:
     """Puts `above` over `below`, section by section; any other value, a list included, replaces the whole value."""
     for name, value in above.items():
-        field = section.model_fields.get(name)
-        inner = field.annotation if field and isinstance(field.annotation, type) else None
-        if inner and issubclass(inner, Section) and (value is None or isinstance(value, dict)):
-            # a heading with nothing under it changes nothing
+        if inner := _inside(section, name, value):
             below[name] = below.get(name) if isinstance(below.get(name), dict) else {}
             _merge(below[name], value or {}, inner)
         else:
             below[name] = copy.deepcopy(value)
+
+
+def _inside(section: type[Section], name: str, value: Any) -> type[Section] | None:
+    """The section of the keys in `value`; None for a value that is one whole, as that of evaluation.per_student."""
+    field = section.model_fields.get(name)
+    inner = field.annotation if field and isinstance(field.annotation, type) else None
+    # a heading with nothing under it changes nothing
+    found = inner and issubclass(inner, Section) and (value is None or isinstance(value, dict))
+    return inner if found else None
+
+
+def leaves(content: dict[str, Any], section: type[Section], prefix: str = "") -> dict[str, Any]:
+    """What keys and values of `section` set, by dotted key; a whole where they are laid over each other as one."""
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        inner = _inside(section, name, value)
+        found |= leaves(value or {}, inner, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
 
 
 def validated(section: type[S], content: Any, above: str = "") -> S:
@@ -134,9 +149,9 @@ def validated(section: type[S], content: Any, above: str = "") -> S:
 
 def complaint(error: ValidationError, root: type[Section], above: str = "") -> str:
     """The first thing pydantic found in `root`, as one line: where, what is wrong, what to write instead."""
-    # an unknown key goes first: what is missing or wrong elsewhere often follows from it
-    found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    entry = found[0]
+    # an unknown key goes first: what is missing or wrong elsewhere often follows from it; and of keys and values that
+    # might also have been a name, what is wrong with the keys
+    entry = min(error.errors(), key=_follows)
     place, path = _place(entry["loc"])
     place = f"{above}.{place}".strip(".")
     kind, value, context = entry["type"], entry.get("input"), entry.get("ctx", {})
@@ -151,7 +166,13 @@ def complaint(error: ValidationError, root: type[Section], above: str = "") -> s
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
-    return f"{place}: expected {_expected(kind, context)}, got {_short(value)}; {_example(path, root, above)}"
+    expected = _EXPECTED.get(kind, kind.replace("_", " ")).format(**context)
+    return f"{place}: expected {expected}, got {_short(value)}; {_example(path, root, above)}"
+
+
+def _follows(entry: Any) -> int:
+    no_name = entry["loc"][-1:] == ("str",) and isinstance(entry["input"], dict)
+    return 0 if entry["type"] == "extra_forbidden" else 1 + no_name
 
 
 def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
@@ -162,27 +183,25 @@ def _place(loc: tuple[int | str, ...]) -> tuple[str, str]:
     return place, path
 
 
-def _expected(kind: str, context: dict[str, Any]) -> str:
-    words = {
-        "int_type": "an integer",
-        "int_from_float": "an integer",
-        "float_type": "a number",
-        "finite_number": "a finite number",
-        "string_type": "text",
-        "bool_type": "true or false",
-        "list_type": "a list",
-        "dict_type": "keys and values",
-        "model_type": "a section of keys and values",
-        "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
-        "literal_error": f"one of {context.get('expected')}",
-        "too_short": f"a list of {context.get('min_length')}",
-        "too_long": f"a list of {context.get('max_length')}",
-        "greater_than": f"more than {context.get('gt'):g}" if "gt" in context else "",
-        "greater_than_equal": f"at least {context.get('ge'):g}" if "ge" in context else "",
-        "less_than": f"less than {context.get('lt'):g}" if "lt" in context else "",
-        "less_than_equal": f"at most {context.get('le'):g}" if "le" in context else "",
-    }
-    return words.get(kind, kind.replace("_", " "))
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "keys and values",
+    "model_type": "a section of keys and values",
+    "string_pattern_mismatch": "a name of letters, digits, '.', '_' and '-'",
+    "literal_error": "one of {expected}",
+    "too_short": "a list of {min_length}",
+    "too_long": "a list of {max_length}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
 
 
 def _example(path: str, root: type[Section], above: str) -> str:
@@ -192,9 +211,9 @@ def _example(path: str, root: type[Section], above: str) -> str:
         return "see --help"
     annotation = key.field.annotation
     if key.section:
-        fields = key.section.model_fields.items()
-        name, value = next(((name, field.get_default()) for name, field in fields), ("name", 1))
-        shown = f"{{{name}: {json.dumps(value) if value is not PydanticUndefined else '…'}, …}}"
+        fields = key.section.model_fields.items()  # one that must be given, else the first; none of options
+        name, field = min(fields, key=lambda item: not item[1].is_required(), default=("name", FieldInfo(default=1)))
+        shown = f"{{{name}: {'…' if field.is_required() else json.dumps(field.get_default())}, …}}"
         return f"write e.g. {key.path}: {f'[{shown}]' if 'list' in describe(annotation) else shown}"
     value = key.default
     if value in (None, PydanticUndefined):

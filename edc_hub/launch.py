@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from . import documents, methods, recipes
+from . import disk, documents, keys, methods, recipes
 from .errors import InputError, OtherStopped
 from .recipe import Recipe
 
@@ -48,6 +48,16 @@ def status(command: Callable[[], None]) -> int:
     return 0
 
 
+def entry(command: Callable[[list[str]], None]) -> Callable[..., int]:
+    """The function `main(argv)` of a command's module, with the process's own arguments where none are given."""
+
+    def main(argv: list[str] | None = None) -> int:
+        """Runs the command; returns its exit status (0, 1, 2)."""
+        return status(lambda: command(sys.argv[1:] if argv is None else argv))
+
+    return main
+
+
 def _tell_launcher(message: str) -> None:
     """Leaves the message where torchrun looks for it, so that the last lines it prints say what is wrong."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -67,7 +77,7 @@ def is_first() -> bool:
 def run_folder(recipe: Recipe) -> Path:
     """The folder of a run, `runs/<name>-<method>-ipc<ipc>` unless `output_dir` says otherwise."""
     method = methods.slug(recipe.method)
-    return Path(recipe.output_dir or f"runs/{recipe.name}-{method}-ipc{recipe.ipc}").expanduser()
+    return disk.local(recipe.output_dir or f"runs/{recipe.name}-{method}-ipc{recipe.ipc}", "output_dir")
 
 
 def artifacts(recipe: Recipe) -> Path:
@@ -96,11 +106,13 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
     """
     if not path.is_file():
         return
-    theirs, ours = _flat(recipes.load(path)), _flat(documents.read(recipes.published(recipe), "recipe"))
+    theirs = keys.leaves(recipes.load(path), Recipe)
+    ours = keys.leaves(documents.read(recipes.published(recipe), "recipe"), Recipe)
     both = sorted(theirs.keys() & ours.keys())  # said before what another release did not have
     changed = [key for key in [*both, *sorted(theirs.keys() ^ ours.keys())] if theirs.get(key) != ours.get(key)]
     if run and run.is_file():
-        theirs, whole = _flat(recipes.load(run)), _flat(documents.read(recipes.dump(recipe), "recipe"))
+        theirs = keys.leaves(recipes.load(run), Recipe)
+        whole = keys.leaves(documents.read(recipes.dump(recipe), "recipe"), Recipe)
         changed += [key for key in sorted(ours) if key not in changed and theirs.get(key) != whole.get(key)]
     if changed:
         more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
@@ -132,18 +144,9 @@ def images(recipe: Recipe, folder: Path, real: "RealSet | None" = None) -> "Real
     )
 
 
-def _flat(section: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
 @contextmanager
 def lock(folder: Path, waits: "Callable[[str], None] | None" = None) -> Iterator[None]:
     """Keeps a run folder for this command; the first process holds the lock for all of them, as `disk.lock` has it."""
-    from . import disk
-
     with disk.lock(folder, waits) if is_first() else nullcontext():
         yield
 
@@ -165,12 +168,21 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
-    """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts."""
-    from . import disk
+    """Writes the resolved recipe into the run folder, and removes what killed processes left among its artefacts.
+
+    The recipe of a finished run stays until it is known to give the same set.
+    """
+    from . import manifest
 
     if running.state.is_main_process:
         disk.sweep(artifacts(recipe))
-        disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+        if not manifest.there(folder / "dataset"):
+            keep(recipe, folder)
+
+
+def keep(recipe: Recipe, folder: Path) -> None:
+    """Writes the resolved recipe into the run folder."""
+    disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
 
 
 @contextmanager

@@ -126,9 +126,19 @@ def there(folder: Path) -> dict[str, Any]:
 
 
 def same_data(folder: Path, facts: dict[str, Any]) -> str | None:
-    """The fingerprint of the set in a dataset folder, if its rows are the very ones of the manifest `facts`."""
+    """The fingerprint of the set in a dataset folder, if its rows are the very ones of the manifest `facts`.
+
+    Raises InputError where the rows differ and the same libraries wrote them: the set is finished, and another one.
+    """
     found = there(folder)
-    return found["fingerprint"] if found.get("configs") == facts["configs"] else None
+    if found.get("configs") == facts["configs"]:
+        return found["fingerprint"]
+    if found.get("versions") == facts["versions"]:
+        raise InputError(
+            f"output_dir: {folder} is finished, of other images or labels than this recipe gives now (a method's file "
+            "or weights have changed); give this run another output_dir"
+        )
+    return None
 
 
 def is_of(folder: Path, fingerprint: str) -> bool:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .levers import Flatness
 from .recipe import Synthesize
+from .section import Flatness
 from .taps import Layout
 from .targets import Targets
 

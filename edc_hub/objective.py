@@ -10,11 +10,11 @@ from torch import Tensor
 from . import canvas, matching, networks
 from .crops import Crop, Mix
 from .errors import InputError
-from .levers import Flatness
 from .matching import Matcher
 from .networks import Network
 from .recipe import Recipe, Source, Synthesize
 from .rules import other_tiles
+from .section import Flatness
 from .taps import Taps
 from .targets import Targets
 from .work import Session

@@ -3,8 +3,7 @@
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
 from . import methods, networks, recipe, weights
-from .errors import InputError
+from .errors import InputError, naming
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
@@ -64,14 +63,14 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
     found: dict[str, weights.Weights] = {}
     units: dict[str, Unit] = {}
     for name, net in sections.items():
-        with _naming(name):
+        with naming(f"observers.networks: {name}"):
             if net.weights:
                 found[name] = weights.find(net.arch, net.weights)
             units[name] = Unit(STAGE, name, _fingerprint(given, net, real, found.get(name), session))
 
     def start(name: str, seed: int) -> Network:
         net = sections[name]
-        with _naming(name):
+        with naming(f"observers.networks: {name}"):
             network = networks.described(net, classes, seed=seed, **given.source.face)
             if name in found:
                 weights.load_into(network, found[name], new_head=net.train is not None)
@@ -125,7 +124,7 @@ def least_accuracy(classes: int) -> float:
 
 def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
     """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
-    with _naming(net.name):
+    with naming(f"observers.networks: {net.name}"):
         if net.weights:
             weights.find(net.arch, net.weights)  # raises where there is nothing
         return _ready(networks.described(net, classes, seed=0, **given.source.face), session)
@@ -136,19 +135,10 @@ def _ready(network: Network, session: Session) -> Network:
     return network.to(memory_format=torch.channels_last) if session.device.type == "cuda" else network
 
 
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Says which observer an error is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"observers.networks: {name}: {error}") from error
-
-
 def _published(arch: str) -> str:
     """The architecture without a local path: the configuration's folder by its last part."""
     library, _, name = arch.partition("/")
-    return f"{library}/{Path(name).name}" if library == "transformers" and Path(name).exists() else arch
+    return f"{library}/{Path(name).name}" if library == "transformers" and os.path.exists(name) else arch
 
 
 def _fingerprint(
@@ -189,17 +179,7 @@ def _train(
     # BatchNorm has no statistics for one value a channel: a last batch of one image is left out
     last = int(len(rows) > 1 and len(rows) % section.batch == 1)
     steps = math.ceil((len(rows) - last) / section.batch)
-    optimizer = torch.optim.SGD(
-        network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
-    )
-
-    def loss(x: Tensor, labels: Tensor) -> Tensor:
-        with session.autocast():
-            return F.cross_entropy(network(x), labels)
-
-    training = Training(
-        network, optimizer, session.device, session.arithmetic, loss, decay=section.ema, average_buffers=False
-    )
+    training = trainer(network, section, session)
     kept: dict[int, State] = {}
     first = 0
     if (state := progress.load()) is not None:
@@ -236,6 +216,20 @@ def _train(
                     kept[epoch + 1] = _copy(training.average.module if training.average else network)
                 progress.save(functools.partial(_state, step + 1, training, kept))
     return kept
+
+
+def trainer(network: Network, section: recipe.Train, session: Session) -> Training:
+    """Steps of SGD with cross-entropy on `network`, in place, of images (B, 3, s, s) in [0, 1] and labels int64."""
+    optimizer = torch.optim.SGD(
+        network.module.parameters(), section.lr, section.momentum, weight_decay=section.weight_decay, fused=True
+    )
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        with session.autocast():
+            return F.cross_entropy(network(x), labels)
+
+    dtype = session.arithmetic
+    return Training(network, optimizer, session.device, dtype, loss, decay=section.ema, average_buffers=False)
 
 
 def _state(step: int, training: Training, kept: dict[int, State]) -> State:

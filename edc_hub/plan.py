@@ -12,7 +12,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import (
@@ -38,7 +37,6 @@ from .slope import Slope
 from .source import RealSet
 from .taps import Taps
 from .targets import Targets
-from .training import Training
 from .work import Session
 
 
@@ -141,17 +139,8 @@ def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
 
 def _training(net: Section, network: Network, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
     """A step of an observer's training, on uint8 images and labels; `network` stays as it is."""
-    network = copy.deepcopy(network).train().requires_grad_(True)
-
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        with session.autocast():
-            return F.cross_entropy(network(images.float() / 255), labels)
-
-    optimizer = torch.optim.SGD(network.module.parameters(), net.train.lr, net.train.momentum, fused=True)
-    dtype = session.arithmetic
-    return Training(
-        network, optimizer, session.device, dtype, loss, decay=net.train.ema, average_buffers=False
-    ).descend
+    training = observers.trainer(copy.deepcopy(network).train().requires_grad_(True), net.train, session)
+    return lambda images, labels: training.descend(images.float() / 255, labels)
 
 
 def _iterating(

@@ -4,13 +4,25 @@ A protocol is a file of `recipes/protocols`, read as a method's file is; `evalua
 it stand above its values. Nothing here imports torch.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from . import keys
 from .errors import InputError
-from .section import Decay, Fraction, Name, Network, Positive, Rate, Section, ViewSettings, refuse_twins
+from .section import (
+    Above,
+    Arguments,
+    Decay,
+    Fraction,
+    Name,
+    Network,
+    Positive,
+    Rate,
+    Section,
+    ViewSettings,
+    refuse_twins,
+)
 
 
 class Student(Section):
@@ -18,7 +30,7 @@ class Student(Section):
 
     name: Name | None = Field(None, description="its name in tables; arch when not given")
     arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
-    args: dict[str, Any] = Field({}, description="arguments of the architecture")
+    args: Arguments = Field({}, description="arguments of the architecture")
     stem: Literal["auto", "small", "standard"] = Field("auto", description="auto: small up to 64 px")
     input_size: Positive | None = Field(None, description="side the network wants; views are resized to it")
 
@@ -49,7 +61,7 @@ class Evaluation(Section):
         "mse_ce", description="MSE on logits + ce_weight CE on the unmixed class | KL | 1 - cosine of logits | CE"
     )
     ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed class")
-    temperature: Annotated[float, Field(gt=0)] = Field(20.0, description="temperature of kl; its square is no factor")
+    temperature: Above = Field(20.0, description="temperature of kl; its square is no factor")
     optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="one-dimensional parameters never decay")
     lr: Rate = Field(1e-3, description="learning rate")
     weight_decay: Rate = Field(0.01, description="weight decay")
@@ -59,7 +71,7 @@ class Evaluation(Section):
     schedule: Literal["smooth", "ssrs", "multistep", "linear", "alrs"] = Field(
         "smooth", description="of the learning rate, changed once an epoch (EDC section 3.3, appendix)"
     )
-    zeta: Annotated[float, Field(gt=0)] = Field(2.0, description="smooth, ssrs, linear: zeta times the epochs to zero")
+    zeta: Above = Field(2.0, description="smooth, ssrs, linear: zeta times the epochs to zero")
     milestones: list[Fraction] = Field([0.8, 0.9, 0.95], description="multistep: parts of the epochs")
     gamma: Fraction = Field(0.5, description="factor of multistep at each milestone, of alrs where the loss stands")
     ema: Ema = Field(Ema(), description="weight average")

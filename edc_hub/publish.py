@@ -30,11 +30,6 @@ class Options(Section):
     dry_run: bool = Field(False, description="print the operations with their sizes and the tag, write nothing")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the plan or publishes."""
     folder = "the folder of a finished run, or a dataset folder"
@@ -43,6 +38,9 @@ def command(argv: list[str]) -> None:
         return
     for version, plan in push(dataset_folder(run), id, **options.model_dump()):
         print(described(version, plan) if options.dry_run else _address(version, plan))
+
+
+main = launch.entry(command)
 
 
 def dataset_folder(run: Path) -> Path:

@@ -9,20 +9,25 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from .levers import Curriculum, Densification, Flatness, Residual
+from .errors import InputError
 from .protocol import Evaluation
 from .section import (
+    Above,
     Area,
     Channels,
     Count,
+    Curriculum,
     Decay,
+    Densification,
     Deviations,
+    Flatness,
     Fraction,
     Name,
     Network,
     Numbered,
     Positive,
     Rate,
+    Residual,
     Section,
     Threads,
     Train,
@@ -138,7 +143,7 @@ class Synthesize(Section):
     iterations: Count = Field(2000, description="steps of Adam; 0 publishes the initial images")
     lr: Rate = Field(0.05, description="learning rate, in units of the source's std")
     betas: Annotated[list[Decay], Field(min_length=2, max_length=2)] = Field([0.5, 0.9], description="betas of Adam")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="eps of Adam")
+    eps: Above = Field(1e-8, description="eps of Adam")
     crop_area: Area = Field([0.5, 1.0], description="area range of the crop the block shares each step")
     flip: bool = Field(True, description="mirror the block in half of the steps")
     jitter: Count = Field(0, description="largest roll in pixels of the block each step")
@@ -165,7 +170,7 @@ class Synthesize(Section):
     mix: Literal["none", "mixup", "cutmix", "cutout"] = Field(
         "none", description="how a step's view of the block is mixed"
     )
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
+    mix_alpha: Above = Field(1.0, description="parameters of the Beta law of mixup, cutmix")
     pick: Literal["turn", "random", "accuracy"] = Field(
         "turn", description="observers of a step: round-robin | drawn evenly | drawn by their accuracy"
     )
@@ -187,7 +192,7 @@ class Relabel(ViewSettings):
         description="label columns: float16 | int8, a scale a row | largest logits, the rest by their mean | none",
     )
     top_k: Numbered = Field(10, description="logits that codec top_k keeps of each view")
-    budget: Annotated[float, Field(gt=0)] | None = Field(
+    budget: Above | None = Field(
         None,
         description="megabytes (10^6) of the soft_labels files, views counted; label epochs are left out to fit it",
     )
@@ -291,16 +296,28 @@ def title(name: str, epoch: int) -> str:
     return f"{name}@{epoch}" if epoch else name
 
 
-def selected(recipe: Recipe, entries: list[str] | None) -> list[tuple[str, int]]:
+def selected(recipe: Recipe, entries: list[str] | None, key: str = "observers") -> list[tuple[str, int]]:
     """Observers of a stage as (name, epoch); epoch 0 stands for loaded weights. None: every observer at its last.
 
     `*` stands for every name or, behind the @, for every snapshot: `*@4`, `resnet18@*`, `*@*`. Each counts once.
+    Raises InputError naming `key` for an observer or a snapshot that there is none of.
     """
-    kept = {net.name: snapshots(net) or [0] for net in recipe.observers.networks}
+    kept = {net.name: snapshots(net) for net in recipe.observers.networks}
     chosen = []
     for entry in ["*"] if entries is None else entries:
-        name, _, epoch = entry.partition("@")
+        name, at, epoch = entry.partition("@")
+        if name not in kept and name != "*":
+            raise InputError(f"{key}: no observer '{name}'; there are: {', '.join(kept)}; or null for all")
         for one in kept if name == "*" else [name]:
-            epochs = kept[one] if epoch == "*" else [int(epoch)] if epoch else kept[one][-1:]
-            chosen += [(one, number) for number in epochs]
+            epochs = kept[one] if epoch == "*" else kept[one][-1:]
+            if at and epoch != "*":
+                if not kept[one]:
+                    raise InputError(f"{key}: {entry}: {one} is loaded, not trained here; write {one}")
+                epochs = [number for number in kept[one] if str(number) == epoch]
+                if not epochs:
+                    there = ", ".join(title(one, number) for number in kept[one])
+                    raise InputError(
+                        f"{key}: {one}@{epoch} was not kept; write one of: {there}, or add it to snapshots"
+                    )
+            chosen += [(one, number) for number in epochs or [0]]
     return list(dict.fromkeys(chosen))

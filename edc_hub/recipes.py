@@ -9,14 +9,13 @@ that stand on them.
 import difflib
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import arguments, documents, keys
 from .documents import load
 from .errors import InputError
-from .protocol import Evaluation
+from .protocol import Evaluation, named_students
 from .recipe import Recipe
 from .rules import validate
 
@@ -40,23 +39,22 @@ class Parsed(NamedTuple):
     print_recipe: bool
 
 
-def parse(argv: list[str] | None, prog: str) -> Parsed:
+def parse(argv: list[str], prog: str) -> Parsed:
     """The recipe and the flags of a command line. `--help` prints to stdout and exits with 0.
 
     Raises InputError on anything wrong, impossible combinations included.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    if "--help" in argv or "-h" in argv:
-        print(usage(prog), flush=True)
-        raise SystemExit(0)
+    arguments.help_asked(argv, lambda: usage(prog))
     named, overrides, flags = arguments.split(argv, Recipe, _FLAGS)
     if len(named) != 1:
         got = f"got {len(named)}: {' '.join(named)}" if named else "none given"
         odd = next((word for word in named if "=" in word or word.startswith("-")), None)
         if odd:
             got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
-        raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {_listing()})")
-    return Parsed(resolve(load(find(named[0])), overrides), **flags)
+        raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
+    recipe = resolve(load(find(named[0])), overrides)
+    refuse_strangers(overrides, recipe.evaluation)
+    return Parsed(recipe, **flags)
 
 
 def usage(prog: str) -> str:
@@ -64,7 +62,7 @@ def usage(prog: str) -> str:
     flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         f"usage: edc-hub {prog} RECIPE [--section.key value ...]\n\n"
-        f"RECIPE is a YAML file or one of: {_listing()}\n"
+        f"RECIPE is a YAML file or one of: {listing()}\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0], '[{{name: a, arch: resnet18}}]'; a list replaces the whole.\n"
         f"Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use.\n\n"
         f"{flags}\n"
@@ -82,7 +80,8 @@ def shipped(folder: Path = ROOT) -> list[str]:
     return sorted(own, key=lambda name: ("/" in name, name))
 
 
-def _listing(folder: Path = ROOT) -> str:
+def listing(folder: Path = ROOT) -> str:
+    """The same names in a line."""
     return ", ".join(shipped(folder))
 
 
@@ -90,14 +89,14 @@ def find(name: str, folder: Path = ROOT, noun: str = "recipe") -> Path:
     """The file of a recipe, or what `noun` calls it, by a shipped name or a path. InputError if there is none."""
     if name in shipped(folder):
         return folder / f"{name}.yaml"
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         return path
     if os.path.isdir(path):
-        raise InputError(f"{noun}: {name} is a folder; write a YAML file or one of: {_listing(folder)}")
+        raise InputError(f"{noun}: {name} is a folder; write a YAML file or one of: {listing(folder)}")
     plain = name.removesuffix(".yaml").removeprefix("recipes/").removeprefix(f"{folder.name}/")
     near = difflib.get_close_matches(plain, shipped(folder), 1, 0.6)
-    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {_listing(folder)}"
+    hint = f"did you mean '{near[0]}'?" if near else f"write a YAML file or one of: {listing(folder)}"
     raise InputError(f"{noun}: no file {name}; {hint}")
 
 
@@ -122,9 +121,11 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
         method = blocks("method", top["method"], top["name"], top["ipc"])
         special = _of_method(given.pop("per_method", None) or {}, top["method"], top["ipc"])
         above = keys.layered([*method, given, *special, overrides], Recipe)
-        protocol = (above.get("evaluation") or {}).get("protocol", Evaluation.model_fields["protocol"].default)
-        below = keys.layered(blocks("protocol", protocol, top["name"], top["ipc"]), Evaluation)
-        let_through(below, above.get("evaluation") or {})
+        own = above.get("evaluation")
+        own = own if isinstance(own, dict) else {}  # the model says what is wrong
+        choice = own.get("protocol", Evaluation.model_fields["protocol"].default)
+        below = protocol(choice, top["name"], top["ipc"])
+        let_through(below, own)
         layers = [{"evaluation": below}, above]
     recipe = keys.validated(Recipe, keys.layered(layers, Recipe))
     validate(recipe)
@@ -143,11 +144,28 @@ def of_run(run: Path) -> Recipe:
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
 
-def let_through(protocol: dict[str, Any], given: dict[str, Any]) -> None:
-    """Takes out of a protocol's `per_student` what is given for all students above it."""
-    own = protocol.get("per_student") or {}
+def protocol(choice: Any, name: Any, ipc: Any) -> dict[str, Any]:
+    """What a protocol sets for a data set and an IPC."""
+    return keys.layered(blocks("protocol", choice, name, ipc), Evaluation)
+
+
+def let_through(below: dict[str, Any], given: dict[str, Any]) -> None:
+    """Takes out of the `per_student` of a protocol what is given for all students above it."""
+    own = below.get("per_student") or {}
     left = {name: {key: value for key, value in part.items() if key not in given} for name, part in own.items()}
-    protocol["per_student"] = {name: part for name, part in left.items() if part}
+    below["per_student"] = {name: part for name, part in left.items() if part}
+
+
+def refuse_strangers(overrides: dict[str, Any], section: Evaluation) -> None:
+    """Raises InputError for a command line with values for a student that is not trained. Files may have more: a
+    command line picks from their students."""
+    students = named_students(section)
+    known = [*students, *(student.arch for student in students.values())]
+    for name in (overrides.get("evaluation") or {}).get("per_student", {}):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(students)}"
+            raise InputError(f"evaluation.per_student.{name}: no student is called so; {hint}")
 
 
 def methods() -> list[str]:
@@ -226,7 +244,7 @@ def published(recipe: Recipe) -> str:
 
 def _portable(path: str | None) -> str | None:
     local = path and (path.startswith(("/", ".", "~")) or os.path.exists(path))
-    return Path(path).expanduser().resolve().name if local else path
+    return os.path.basename(os.path.realpath(os.path.expanduser(path))) if local else path
 
 
 def _write(content: dict[str, Any]) -> str:

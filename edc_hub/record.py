@@ -92,7 +92,7 @@ def _mean(values: list[int | None]) -> int | None:
 
 
 def _is_local(place: str) -> bool:
-    return Path(place).expanduser().is_dir()
+    return os.path.isdir(os.path.expanduser(place))
 
 
 def _portable(asked: Comparison, first: "CondensedSet") -> dict[str, Any]:

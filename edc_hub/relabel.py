@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from .work import Session
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or labels the images."""
     parsed = given.parse(argv)
@@ -44,6 +39,9 @@ def command(argv: list[str]) -> None:
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)
     launch.make(recipe, folder, lambda session: relabel(parsed, folder, session))
+
+
+main = launch.entry(command)
 
 
 def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
@@ -76,6 +74,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
                 with clock(each.label):
                     wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
     if session.state.is_main_process:
+        launch.keep(recipe, folder)
         if wrote or not (folder / "run.json").exists():
             pictures.write_facts(real, clock, folder, session)
         _say_agreement(made.place, session)

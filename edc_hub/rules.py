@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from .errors import InputError
 from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
-from .recipe import Recipe, selected, snapshots, title
+from .recipe import Recipe, selected, title
 from .versions import NUMBERED
 
 
@@ -18,16 +18,16 @@ def validate(recipe: Recipe) -> None:
     for rules in (_options, _source, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
-    validate_protocol(recipe.evaluation)
+    validate_protocol(recipe.evaluation, recipe.source.size)
 
 
-def validate_protocol(section: Evaluation) -> None:
-    """Raises InputError with the first combination of keys of a protocol that cannot work."""
-    for problem in _protocol(section):
+def validate_protocol(section: Evaluation, size: int) -> None:
+    """Raises InputError with the first combination of keys of a protocol that cannot work on images of `size` px."""
+    for problem in _protocol(section, size):
         raise InputError(problem)
 
 
-def _protocol(section: Evaluation) -> Iterator[str]:
+def _protocol(section: Evaluation, size: int) -> Iterator[str]:
     if not section.students:
         yield "evaluation.students: an empty list; name one, e.g. [resnet18]"
     names = [student_name(student) for student in section.students]
@@ -35,6 +35,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
     for name, file in zip(names, files, strict=True):
         if files.count(file) > 1:
             yield f"evaluation.students: '{name}' is given twice; give each its own name"
+    for name in section.per_student:
+        of_student(section, name, name)  # raises for keys that are none, also of students that are not trained now
     for name, student in named_students(section).items():
         each = of_student(section, name, student.arch)
         if (each.labels == "hard") != (each.loss == "ce"):
@@ -45,6 +47,8 @@ def _protocol(section: Evaluation) -> Iterator[str]:
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
                 "write augment: set, or labels: online"
             )
+        if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
+            yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
         if each.batch == 1:
             yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
 
@@ -78,6 +82,9 @@ def _observers(recipe: Recipe) -> Iterator[str]:
     if not networks:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
+    for net in networks:
+        if net.train and net.train.batch == 1:
+            yield f"observers.train.batch: 1 for {net.name}, and BatchNorm has no statistics of one; write 2 or more"
     if recipe.source.streaming and trained:
         yield (
             f"source.streaming: {', '.join(trained)} would be trained here, in random order; "
@@ -85,23 +92,11 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         )
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
-    known = {net.name: snapshots(net) for net in networks}
     for section, used in users.items():
         entries = getattr(recipe, section).observers
         if used and entries == []:
             yield f"{section}.observers: an empty list, but it needs one; name an observer or write null for all"
-        for entry in entries or []:
-            name, at, epoch = entry.partition("@")
-            if name not in known and name != "*":
-                yield f"{section}.observers: no observer '{name}'; there are: {', '.join(known)}; or null for all"
-                continue
-            for one in known if name == "*" else [name]:
-                if at and epoch != "*" and not known[one]:
-                    yield f"{section}.observers: {entry}: {one} is loaded, not trained here; write {one}"
-                elif at and epoch not in ("*", *map(str, known[one])):
-                    kept = ", ".join(f"{one}@{epoch}" for epoch in known[one])
-                    missing = f"{one}@{epoch}" if name == "*" else entry
-                    yield f"{section}.observers: {missing} was not kept; write one of: {kept}, or add it to snapshots"
+        selected(recipe, entries, f"{section}.observers")
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What the sections of a recipe are built from: the base model, the types of its values, and what several share."""
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -12,18 +13,34 @@ def _ascending(area: list[float]) -> list[float]:
     return area
 
 
+def _countable(value: float) -> float:
+    if value > 1e30:
+        raise ValueError(f"{value:g} is more than float32 arithmetic can work with; write less")
+    return value
+
+
+def _plain(args: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(args, allow_nan=False)
+    except (TypeError, ValueError) as error:  # a date, as YAML reads 2024-01-01; no number
+        raise ValueError(f"expected plain values, got {str(args)[:60]}; write dates in quotes") from error
+    return args
+
+
 Positive = Annotated[int, Field(ge=1)]
 Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
 Count = Annotated[int, Field(ge=0)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # torch ends in a crash where there are too many
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0), AfterValidator(_countable)]
+Above = Annotated[float, Field(gt=0), AfterValidator(_countable)]  # 0 itself
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Above], Field(min_length=3, max_length=3)]
 Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
+Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -64,7 +81,7 @@ class Network(Section):
 
     name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
     arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
-    args: dict[str, Any] = Field({}, description="arguments of the architecture (width, depth, norm, …)")
+    args: Arguments = Field({}, description="arguments of the architecture (width, depth, norm, …)")
     stem: Literal["auto", "small", "standard"] = Field(
         "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
     )
@@ -99,5 +116,50 @@ class ViewSettings(Section):
     magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
     shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
     mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
-    mix_alpha: Annotated[float, Field(gt=0)] = Field(1.0, description="both parameters of the Beta law of lambda")
+    mix_alpha: Above = Field(1.0, description="both parameters of the Beta law of lambda")
     mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")
+
+
+# Choices of a method inside `synthesize` that have keys of their own
+
+
+class Flatness(Section):
+    """Flatness regularisation, EDC section 3.2, Eq. 7 and Table 4."""
+
+    kind: Literal["none", "logits", "statistics", "sam"] = Field(
+        "none", description="L'_FR: logits of the averaged images | L_FR: their statistics | sharpness-aware steps"
+    )
+    weight: Rate = Field(0.25, description="weight of the term (Table 4); sam has none")
+    beta: Decay = Field(0.99, description="decay of the image average (Table 4; 0.999 for some rows of statistics)")
+    tau: Above = Field(4.0, description="temperature (Table 4)")
+    direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
+    reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
+    rho: Rate = Field(
+        0.05,
+        description="radius of sam: root mean square over the block, in units of std (Table 4 names none)",
+    )
+
+
+class Densification(Section):
+    """Data densification of G-VBSM: the Gram spectrum of a class's images, distilled from a flatter copy of itself."""
+
+    weight: Rate = Field(0.0, description="weight of the term; 0: off")
+    tau: Above = Field(4.0, description="temperature of the target spectrum")
+
+
+class Curriculum(Section):
+    """Crop curriculum of CDA: crops are large at first, and their smallest area comes down to `crop_area`."""
+
+    kind: Literal["none", "cosine", "linear", "step"] = Field("none", description="way down; step: at the milestone")
+    start: Fraction = Field(1.0, description="smallest area at the first step")
+    milestone: Fraction = Field(1.0, description="share of the iterations after which it is crop_area's")
+
+
+class Residual(Section):
+    """Residual connection of FADRM: now and then the images are merged with what they started from."""
+
+    every: Count = Field(
+        0,
+        description="steps between merges, none after the last step; 0: never (FADRM: 500 of 2000)",
+    )
+    weight: Fraction = Field(0.5, description="weight of the initial image in a merge (FADRM: 0.5)")

@@ -16,7 +16,6 @@ from typing import Any
 from pydantic import Field
 
 from . import arguments, card, documents, launch, recipes, snippets
-from .errors import InputError
 from .section import Positive, Section
 
 
@@ -29,19 +28,17 @@ class Options(Section):
     seeds: Positive = Field(3, description="students for each number of images")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
-
-
 def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
     run, options = arguments.of_run(argv, "showcase", Options)
-    folder = run / "dataset"
-    if not (folder / "manifest.json").is_file():
-        raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")
+    if not launch.is_first():  # under a launcher
+        return
+    recipes.of_run(run)  # raises where there is none; a lock would make the folder
     with launch.lock(run):
-        publish(folder, measure(run, options.seeds))
+        publish(run / "dataset", measure(run, options.seeds))
+
+
+main = launch.entry(command)
 
 
 def measure(run: Path, seeds: int) -> list[dict[str, Any]]:

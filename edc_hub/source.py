@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
-from . import digits, folders, recipe, work
+from . import digits, disk, folders, recipe, work
 from .errors import InputError
 from .realset import RealSet, Stored, Stream
 
@@ -289,7 +289,7 @@ def _folder(path: str) -> Path | None:
     """The local folder that `path` means, or None for a Hub id."""
     if path.strip() in ("", "imagefolder", "parquet", "arrow", "webdataset"):  # load_dataset would take what lies here
         raise InputError(f"source.path: '{path}' names no set; give a Hub id, a local folder or sklearn/digits")
-    folder = Path(path).expanduser()
+    folder = disk.local(path, "source.path")
     if folder.is_dir():
         return folder.resolve()
     if folder.is_file():

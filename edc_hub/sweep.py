@@ -15,18 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import cells, launch, methods
 from .cells import Cell, Parsed
-from .errors import InputError, OtherFailed, OtherStopped
+from .errors import InputError, OtherFailed, OtherStopped, naming
 from .recipe import Recipe
 
 
 if TYPE_CHECKING:  # torch is imported once the sweep is known to be right
     from .realset import RealSet
     from .work import Session
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status (0, 1, 2)."""
-    return launch.status(lambda: command(sys.argv[1:] if argv is None else argv))
 
 
 def command(argv: list[str]) -> None:
@@ -38,7 +33,7 @@ def command(argv: list[str]) -> None:
         print(sweep_plan.show(parsed))
         return
     for cell in parsed.cells:
-        with cells.naming(cell.place):
+        with naming(cell.place):
             for run in cell.runs:
                 methods.find(run.method)
                 folder = launch.run_folder(run)
@@ -51,6 +46,9 @@ def command(argv: list[str]) -> None:
         kind = InputError if all(isinstance(error, InputError) for error in failed.values()) else RuntimeError
         text = "; ".join(f"{place}: {error}" for place, error in failed.items())
         raise kind(f"{len(failed)} of {len(parsed.cells)} cells failed, the others are in the tables: {text}")
+
+
+main = launch.entry(command)
 
 
 def sweep(parsed: Parsed, session: "Session") -> dict[str, Exception]:

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from . import cells
+from . import keys
 from .cells import Cell, Parsed
 from .protocol import named_students, of_student
+from .recipe import Recipe
 
 
 def show(parsed: Parsed) -> str:
@@ -14,8 +15,9 @@ def show(parsed: Parsed) -> str:
     runs = {run.output_dir: run for cell in parsed.cells for run in cell.runs}
     lines = [sweep.title, f"tables: {parsed.folder}", f"runs and artifacts: {parsed.folder.parent}", ""]
     for cell in parsed.cells:
-        layers = [sweep.rows[cell.row], sweep.columns.get(cell.column, {})]
-        changed = (f"{key} {json.dumps(value)}" for layer in layers for key, value in cells.leaves(layer).items())
+        layers = sweep.rows[cell.row], sweep.columns.get(cell.column, {})
+        own = (item for layer in layers for item in keys.leaves(layer, Recipe).items())
+        changed = (f"{key} {json.dumps(value)}" for key, value in own)
         lines.append(f"{cell.place}: {', '.join(changed) or 'as the recipe'}")
         lines += [f"    {Path(run.output_dir).name}" for run in cell.runs]
     trained = {text for cell in parsed.cells for text in _students(cell)}

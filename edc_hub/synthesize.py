@@ -101,7 +101,7 @@ def optimise(
         try:
             losses[step], z.grad = slope(drawn, z, average)
         except torch.linalg.LinAlgError as error:  # the spectrum of what is no number
-            raise _no_number(step) from error
+            raise _no_number(step, session.precision) from error
         adam.step()
         space.clamp(z)
         if residual.every and done % residual.every == 0 and done < section.iterations:
@@ -115,12 +115,13 @@ def optimise(
     broken = (~losses.isfinite()).nonzero().flatten().tolist()
     broken += [] if z.isfinite().all() else [section.iterations]
     if broken:  # its pixels are no numbers either, and would be published as black
-        raise _no_number(broken[0])
+        raise _no_number(broken[0], session.precision)
     return z.detach(), losses
 
 
-def _no_number(step: int) -> InputError:
-    remedy = "lower synthesize.lr or synthesize.weight, or write precision: float32"
+def _no_number(step: int, precision: str) -> InputError:
+    other = "raise synthesize.eps" if precision == "float32" else "write precision: float32"
+    remedy = f"lower synthesize.lr or synthesize.weight, or {other}"
     return InputError(f"synthesize: the loss is no number from step {step} on; {remedy}")
 
 

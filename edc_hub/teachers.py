@@ -65,7 +65,12 @@ class Teachers:
         session = self._own_session
         if self._condensed.run and not self._section.teachers:
             session = replace(session, store=Kept(session.store.root))
-        return observers.obtain(self._recipe, source.load(self._recipe.source), session)
+        try:
+            return observers.obtain(self._recipe, source.load(self._recipe.source), session)
+        except InputError as error:
+            if not self._section.teachers:
+                raise
+            raise InputError(str(error).replace("observers.networks:", "evaluation.teachers:", 1)) from error
 
     @property
     def _own_session(self) -> Session:

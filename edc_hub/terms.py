@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import _CACHED_NO_EXIST, DatasetCard, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from . import documents, hub_errors, recipes
+from . import disk, documents, hub_errors, recipes
 from .errors import InputError, first_line
 
 
@@ -50,7 +50,7 @@ def citations(method: str) -> list[str]:
 def _card(source: str, path: str, commit: str | None) -> DatasetCard | None:
     """The source's own card; None where it has none, or one whose metadata nobody can read."""
     try:
-        file = _download(source, commit) if commit else Path(path).expanduser() / "README.md"
+        file = _download(source, commit) if commit else disk.local(path, "source.path") / "README.md"
         return DatasetCard.load(file) if file and file.is_file() else None
     except (ValueError, yaml.YAMLError):
         return None

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import disk
 from .errors import InputError, first_line
 
 
@@ -47,7 +48,7 @@ def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[O
 
 
 def _project(asked: "Comparison") -> str:
-    place = Path(asked.dataset[0]).expanduser().absolute()
+    place = disk.local(asked.dataset[0], "dataset").absolute()
     return place.parent.name if place.name == "dataset" else place.name
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import controls, feed, judged, launch, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
-from .errors import InputError
+from .errors import InputError, naming
 from .feed import Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation, named_students, of_student
@@ -101,11 +101,9 @@ class Bench:
     def network(self, name: str, seed: int) -> Network:
         """A student with random weights. Raises InputError for a name or a size that does not work."""
         given, facts = self.students[name], self.sets[0].manifest["images"]
-        try:
-            face = {"image_size": facts["size"], "mean": facts["mean"], "std": facts["std"]}
+        face = {"image_size": facts["size"], "mean": facts["mean"], "std": facts["std"]}
+        with naming(f"evaluation.students: {name}"):
             return networks.described(given, len(self.sets[0].names), seed=seed, **face)
-        except InputError as error:
-            raise InputError(f"evaluation.students: {name}: {error}") from error
 
     def trials(self) -> list[Trial]:
         """Every trial of the comparison. Rows that cannot be had are noted in `unavailable`."""

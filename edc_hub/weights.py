@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from . import disk
 from .errors import InputError, first_line
 from .networks import Network, transformers
 
@@ -44,7 +45,7 @@ def find(arch: str, weights: str) -> Weights:
     """
     if weights.startswith("torchvision/"):
         return _torchvision(arch, weights)
-    path = Path(weights).expanduser()
+    path = disk.local(weights, "weights")
     if path.is_dir():
         return _folder(arch, path)
     if path.is_file():
@@ -61,7 +62,7 @@ def known(arch: str, weights: str) -> str:
     Raises InputError where there is nothing.
     """
     repo, name, revision = _on_hub(weights)
-    if weights.startswith("torchvision/") or Path(weights).expanduser().exists() or repo is None:
+    if weights.startswith("torchvision/") or disk.local(weights, "weights").exists() or repo is None:
         return find(arch, weights).source
     is_theirs = arch.startswith(("transformers/", "timm/"))
     names = (name,) if name else (OURS, "config.json") if is_theirs else FILES

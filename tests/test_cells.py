@@ -1,7 +1,8 @@
 """Reading sweeps: cells and their runs, what is refused before any work, the plan, and every table that ships."""
 
 import pytest
-from helpers_sweep import arguments, begun, written
+import yaml
+from helpers_sweep import RECIPE, arguments, begun, written
 
 from edc_hub import cells, cli, published, recipes, sweep, sweep_plan, sweep_table
 
@@ -67,7 +68,19 @@ def test_a_finished_set_of_another_source_of_the_same_name_is_not_replaced(root,
         ({"rows": {"a": {"seed": 1}}}, [], "row 'a': seed: the same for the whole sweep; write set_seeds"),
         ({"rows": {"a": {"evaluation": {"zeta": 3.0}}}}, [], "row 'a', column 'zeta 1': both set evaluation.zeta"),
         ({"rows": {}}, [], "rows: none given"),
+        ({"rows": {"a\nb": {}}}, [], "rows and columns: the label 'a\\nb' breaks a table's line; write it in one"),
+        (
+            {"students": ["convnet3"], "rows": {"a": {"evaluation": {"students": ["resnet18"]}}}},
+            [],
+            "error: students: row 'a' sets it; remove it",
+        ),
         ({"recipe": "digist"}, [], "recipe: no file digist; did you mean 'digits'?"),
+        (
+            {"columns": {"c": {"evaluation": 3}}, "paper": None},
+            [],
+            "evaluation: expected a section of keys and values",
+        ),
+        ({}, ["--evaluation", "3"], "evaluation: expected a section of keys and values, got 3"),
         ({"rowz": {}}, [], "rowz: unknown key; did you mean 'rows'?"),
         ({"paper": {"where": "T", "figures": {"b": {}}}}, [], "paper.figures: 'b' is no row; there are: two, none"),
         ({"paper": {"where": "T", "figures": {"two": {"c": {}}}}}, [], "'c' is no column with students"),
@@ -123,6 +136,20 @@ def test_a_row_whose_label_has_a_comma_is_named_in_a_list(root, tmp_path):
     file = written(root, "commas", rows={"a, b": {}, "c": {}}, paper=None)
     parsed = cells.parse([str(file), "--output_dir", str(tmp_path / "runs"), "--only", '["a, b"]'])
     assert list(parsed.sweep.rows) == ["a, b"]
+
+
+def test_students_of_a_command_line_go_before_those_of_the_file(root, tmp_path):
+    file = written(root, "own", students=["resnet18"], paper=None)
+    for key in ("--students", "--evaluation.students"):
+        parsed = cells.parse([str(file), "--output_dir", str(tmp_path / "runs"), key, "convnet3"])
+        assert {*parsed.cells[0].recipe.evaluation.students} == {"convnet3"}
+
+
+def test_students_of_the_recipe_that_no_cell_trains_need_not_exist(root, tmp_path):
+    below = {**RECIPE, "evaluation": {**RECIPE["evaluation"], "students": ["resnet81"]}}
+    (root / "below.yaml").write_text(yaml.safe_dump(below))
+    file = written(root, "own", recipe=str(root / "below.yaml"), students=["convnet3"], paper=None)
+    cells.check(cells.parse([str(file), "--output_dir", str(tmp_path / "runs")]).cells, sweep._opener())
 
 
 def test_the_table_says_what_random_draws_count_and_that_the_paper_s_figures_are_of_the_test_split(root, tmp_path):

@@ -201,7 +201,8 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
             '--students ["timm/test_vit2",{"name":"timm-test_vit2","arch":"timm/test_vit2"}]',
             "evaluation.students: 'timm/test_vit2' is given twice",
         ),
-        ("--evaluation.students [{args:{}}]", "evaluation.students[0]"),
+        ("--evaluation.students [{args:{}}]", "evaluation.students[0].arch: missing"),
+        ("--evaluation.per_student.narow.lr 1", "evaluation.per_student.narow: no student is called so; did you mean"),
         ("--evaluation.loss ce", "evaluation.loss: ce does not go with labels: stored; write labels: hard"),
         (
             "--evaluation.labels hard",
@@ -241,6 +242,8 @@ def test_a_wrong_command_line_is_answered_in_one_line(toy_run, argv, line):
 def test_without_a_set_there_is_nothing_to_do():
     assert error() == "dataset: none given; write --dataset FOLDER or --dataset ORG/NAME"
     assert error("cifar10").startswith("dataset: none given")
+    assert error("--dataset", "~nosuchuser/x").startswith("dataset: no home folder for ~nosuchuser/x")
+    assert "is too long for a path" in error("--dataset", "a" * 300)
 
 
 def test_a_holdout_that_the_set_was_made_from_is_refused(copied):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers_evaluation import MACHINE, NAMES, condensed, write_source
+from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
 from edc_hub import condense, disk, launch
@@ -228,6 +229,12 @@ def refused(capsys, argv):
         ([*ALL, "--observers.networks", "[{name: a, arch: resnet19}]"], "resnet19"),
         ([*ALL, "--observers.networks", "[{name: a, arch: resnet18, weights: no.safetensors}]"], "no.safetensors"),
         (["--device", "cuda"], "device: cuda is asked for"),
+        (["--output_dir", "~nosuchuser/x"], "output_dir: no home folder for ~nosuchuser/x; write the path in full"),
+        (["--output_dir", "a" * 300], "is too long for a path; write a shorter one"),
+        (["--source.path", f"/{'a' * 300}"], "is too long for a path; write a shorter one"),
+        (["--source.path", "a\0b"], "source.path: 'a\\x00b' is no path: embedded null byte"),
+        ([*ALL, "--observers.networks", "[{name: a, arch: resnet18, weights: ~nosuchuser/x}]"], "a: weights: no home"),
+        ([*ALL, "--observers.networks", '[{name: a, arch: b, weights: "/a\\0b"}]'], "a text with a zero byte"),
     ],
 )
 def test_what_a_user_can_get_wrong_is_one_line_and_status_2(recipe, tmp_path, capsys, more, expected):
@@ -248,6 +255,31 @@ def test_a_finished_run_is_not_replaced_where_its_source_has_other_images_now(tm
     for damaged in ("", "{}", "[]"):  # is made again from what is there
         (run / "dataset/manifest.json").write_text(damaged)
         assert condense.main(again) == 0 and (run / "dataset/manifest.json").read_bytes() == before
+
+
+def test_a_finished_set_is_not_replaced_by_one_of_other_weights_of_the_same_file_name(tmp_path, capsys):
+    store = condensed(tmp_path, "trained", "--relabel.controls", "false").parent / "artifacts/observers"
+    (trained,) = (load_file(file) for file in store.glob("plain-*.safetensors"))
+    trained = {key.removeprefix("3/"): value for key, value in trained.items()}
+    for place, more in (("one", 0), ("other", 0.01)):
+        (tmp_path / place).mkdir()
+        state = trained | {"classifier.bias": trained["classifier.bias"] + more}
+        save_file(state, tmp_path / place / "net.safetensors")
+
+    def argv(place):
+        net = {"name": "plain", "arch": "convnet", "args": {"depth": 1, "width": 8, "norm": "batch"}}
+        net["weights"] = str(tmp_path / place / "net.safetensors")
+        return ["--relabel.controls", "false", "--observers.networks", json.dumps([net])]
+
+    run = condensed(tmp_path, "first", *argv("one"))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "run.json"}
+    again = [str(tmp_path / "toy.yaml"), "--output_dir", str(run), *MACHINE]
+    capsys.readouterr()
+    assert "is finished, of other images or labels" in refused(capsys, [*again, *argv("other")])
+    assert {path: path.read_bytes() for path in before} == before
+    (tmp_path / "one").rename(tmp_path / "moved")
+    assert condense.main([*again, *argv("moved")]) == 0
+    assert "moved/net.safetensors" in (run / "recipe.yaml").read_text()
 
 
 def test_a_run_folder_in_use_is_refused(recipe, tmp_path, capsys):

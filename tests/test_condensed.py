@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_two_folders_of_one_name_are_not_taken_for_each_other(session, tmp_path,
 def test_a_folder_rewritten_in_place_is_read_anew(session, tmp_path, load):
     folder = written(tmp_path / "dataset", session)
     before = {config: load(folder, config)["soft_label"][:] for config in ("images", "soft_labels")}
+    shutil.rmtree(folder)
     written(folder, session, images=noise(COUNT, 16, seed=8))
     after = {config: load(folder, config)["soft_label"][:] for config in ("images", "soft_labels")}
     assert before["images"] != after["images"] and before["soft_labels"] != after["soft_labels"]
@@ -134,6 +136,10 @@ def test_what_was_measured_of_a_set_stays_when_another_release_of_a_library_writ
     assert json.loads((folder / "manifest.json").read_text())["versions"]["pillow"] == "99.0"
     assert {path: (folder / path).read_bytes() for path in before} == before
     assert {path: (folder / path).read_text() for path in measured} == measured and "| 61.8 |" in readme.read_text()
+    with pytest.raises(InputError, match="is finished, of other images or labels than this recipe gives now"):
+        written(folder, session, epochs=3)
+    assert {path: (folder / path).read_text() for path in measured} == measured
+    monkeypatch.setattr("edc_hub.manifest.version", lambda name: "100.0")  # which may write other bytes
     written(folder, session, epochs=3)  # other labels: nothing was measured of them
     assert not any((folder / path).exists() for path in measured) and "| 61.8 |" not in readme.read_text()
 

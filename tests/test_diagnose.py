@@ -10,8 +10,20 @@ import torch.nn.functional as F
 from helpers_evaluation import MACHINE, condensed
 from torch import nn
 
-from edc_hub import curvature, diagnose, diagnosis, documents, evaluate, finished, networks, recipes, students
+from edc_hub import (
+    arguments,
+    curvature,
+    diagnose,
+    diagnosis,
+    documents,
+    evaluate,
+    finished,
+    networks,
+    recipes,
+    students,
+)
 from edc_hub.condensed import CondensedSet
+from edc_hub.errors import InputError
 from edc_hub.feed import Stored
 from edc_hub.protocol import Evaluation
 from edc_hub.recipe import Recipe, Synthesize
@@ -312,6 +324,8 @@ def test_wrong_input_is_one_line(toy_run, tmp_path, capsys):
     assert "expected RUN" in refused(capsys)
     assert "measures[0]: expected one of 'hessian'" in refused(capsys, toy_run, "--measures", "hesian")
     assert "nothing to measure; name one" in refused(capsys, toy_run, "--measures", "[]", *out)
+    with pytest.raises(InputError, match="threads: expected at most 1024"):
+        arguments.of_run([str(toy_run), "--threads", "100000"], "diagnose", diagnose.Options)
     assert "samples: expected at least 2" in refused(capsys, toy_run, "--samples", "1")
     wrong = refused(capsys, toy_run, "--measures", "gradients", "--batches", "6,50", *out)
     assert wrong == "gradients: batches: [6, 50], and the set has 6 images; write sizes from 2 to 5"

@@ -135,8 +135,15 @@ def test_a_wrong_recipe_is_status_2(capsys):
     assert "keys only after it" in capsys.readouterr().err
 
 
+def test_under_a_launcher_one_process_looks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert doctor.main(["digits"]) == 0 and capsys.readouterr().out == ""
+
+
 def test_help_says_what_is_checked(capsys):
-    assert doctor.main(["--help"]) == 0
+    with pytest.raises(SystemExit) as stopped:
+        doctor.main(["--help"])
+    assert stopped.value.code == 0
     assert "edc-hub doctor [RECIPE]" in capsys.readouterr().out
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from edc_hub import matching, networks
-from edc_hub.levers import Flatness
 from edc_hub.matching import Matcher, Running
 from edc_hub.recipe import Synthesize
+from edc_hub.section import Flatness
 from edc_hub.taps import Layout, Taps
 from edc_hub.targets import Targets
 

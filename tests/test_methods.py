@@ -1,6 +1,7 @@
 """Methods: published values, the ladder from G-VBSM to EDC, the README's matrix, and methods that are a function."""
 
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +11,16 @@ import torch
 import yaml
 from toys import Net, Watching
 
-from edc_hub import condense, launch, matrix, methods, recipes
+from edc_hub import condense, keys, methods, recipes
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
-from edc_hub.recipe import selected
+from edc_hub.recipe import Recipe, selected
 
 
 PAPERS = ["imagenet1k", "tiny-imagenet", "cifar100", "cifar10"]
 LADDER = [f"edc-{letter}" for letter in "abcdefg"]
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def recipe(name, method, *argv):
@@ -27,7 +28,7 @@ def recipe(name, method, *argv):
 
 
 def flat(found):
-    return {key: str(value) for key, value in launch._flat(found.model_dump()).items()}
+    return {key: str(value) for key, value in keys.leaves(found.model_dump(), Recipe).items()}
 
 
 def changed(name, before, after):
@@ -231,14 +232,20 @@ def test_wrong_values_for_a_method_are_answered_in_one_line(tmp_path, text, line
 # The matrix
 
 
+def matrix():
+    return runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["markdown"]()
+
+
 def test_the_readme_shows_the_matrix_that_the_methods_files_give():
-    _, _, rest = README.read_text(encoding="utf-8").partition("<!-- matrix: python -m edc_hub.matrix -->\n")
+    _, _, rest = (
+        (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- matrix: python benchmarks/matrix.py -->\n")
+    )
     shown, end, _ = rest.partition("<!-- /matrix -->")
-    assert end and shown.strip() == matrix.markdown(), "write the output of python -m edc_hub.matrix into README.md"
+    assert end and shown.strip() == matrix(), "write the output of python benchmarks/matrix.py into README.md"
 
 
 def test_the_matrix_has_a_row_a_method_and_as_many_cells_as_columns():
-    for table in matrix.markdown().split("\n\n"):
+    for table in matrix().split("\n\n"):
         rows = table.split("\n")
         assert {row.count(" | ") for row in rows} == {rows[0].count(" | ")}
         assert {row.split("`")[1] for row in rows[2:]} == set(recipes.methods())

@@ -253,6 +253,19 @@ def test_values_are_yaml_and_both_spellings_of_an_override_work():
     assert (net.args, net.train.lr) == ({"depth": 1}, 1e-3)
 
 
+def test_a_dash_in_the_name_of_a_student_stays_while_one_in_a_key_may_stand_for_an_underscore():
+    net = ["--evaluation.students", "[{name: my-net, arch: convnet3}]"]
+    found = recipe("digits", *net, "--evaluation.per-student.my-net.epochs", 5, "--evaluation.weight-decay", 0.5)
+    assert (found.evaluation.per_student, found.evaluation.weight_decay) == ({"my-net": {"epochs": 5}}, 0.5)
+    assert recipe("digits", *net, "--evaluation.per_student.convnet3.epochs", 5).evaluation.per_student["convnet3"]
+
+
+def test_values_of_a_file_for_a_student_that_is_not_trained_now_are_no_mistake(file):
+    own = "evaluation: {students: [{name: a, arch: convnet3}, resnet18], per_student: {a: {epochs: 5}}}\n"
+    path = file(f"observers: {{networks: [{NETWORK}]}}\n{own}")
+    assert recipe(path, "--evaluation.students", "resnet18").evaluation.per_student == {"a": {"epochs": 5}}
+
+
 def test_a_list_may_be_written_with_commas():
     found = recipe("digits", "--relabel.observers", "convnet_d3,convnet_d2", "--source.mean", "0.1,0.2,3e-1")
     assert (found.relabel.observers, found.source.mean) == (["convnet_d3", "convnet_d2"], [0.1, 0.2, 0.3])
@@ -381,6 +394,12 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
             "relabel.observers: expected a list, got {'a': None, 'b': None}; write e.g. --relabel.observers '[\"a\"",
         ),
         ("--synthesize 5", "synthesize: expected a section of keys and values, got 5; write e.g. synthesize: {"),
+        ("--synthesize.lr 1e300", "synthesize.lr: 1e+300 is more than float32 arithmetic can work with; write less"),
+        ("--relabel.budget 1e305", "relabel.budget: 1e+305 is more than float32 arithmetic"),
+        (
+            '--evaluation.students [{"arch":"convnet3","args":{"width":2020-01-01}}]',
+            "evaluation.students[0].args: expected plain values, got {'width': datetime.date(2020, 1, 1)}; ",
+        ),
         ("--source.classes [", "--source.classes: broken YAML: line 1: "),
         ("--observers.networks [1]", "observers.networks[0]: expected a section of keys and values"),
         ("--observers.networks.0.arch x", "observers.networks: expected a list, got {'0': {'arch': 'x'}}; write e.g."),
@@ -393,6 +412,18 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ("--print_recipe=3", "--print_recipe: expected true or false, got '3'"),
         ("--observers.train.snapshots [99]", "observers.train.snapshots: 99 is after the last epoch"),
         ("more", "recipe: expected one, got 2: digits more; write e.g. edc-hub condense digits"),
+        ("--evaluation 3", "evaluation: expected a section of keys and values, got 3; write e.g. evaluation: {"),
+        ("--evaluation [a]", "evaluation: expected a section of keys and values, got ['a']"),
+        ('--evaluation.students [{"name":"a"}]', "evaluation.students[0].arch: missing; write e.g. arch: name"),
+        (
+            "--evaluation.students [3]",
+            "evaluation.students[0]: expected text, got 3; write e.g. evaluation.students: [{arch",
+        ),
+        ("--evaluation.per_student.my-net.epochs 5", "evaluation.per_student.my-net: no student is called so"),
+        (
+            "--evaluation.per_student.other.epoch 5",
+            "evaluation.per_student.other.epoch: unknown key; did you mean 'epochs'",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_answered_in_one_line(argv, line):
@@ -498,6 +529,14 @@ def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatc
         ("--relabel.batch 1", "relabel.batch: cutmix mixes two views of a batch, got 1"),
         ("--relabel.batch 1 --relabel.mix none --relabel.observer_mode batch", "relabel.batch: observer_mode batch"),
         ("--relabel.shuffle 3", "relabel.shuffle: 3 strips do not divide 16 px"),
+        (
+            "--evaluation.labels online --evaluation.augment own --evaluation.view.shuffle 3",
+            "evaluation.view.shuffle: 3 strips do not divide 16 px; write a divisor of it, or 0",
+        ),
+        (
+            "--observers.train.batch 1",
+            "observers.train.batch: 1 for convnet_d3, and BatchNorm has no statistics of one",
+        ),
     ],
 )
 def test_combinations_that_cannot_work_are_refused_in_one_line(argv, line):
@@ -509,6 +548,7 @@ def test_what_a_combination_does_not_use_is_not_refused():
     recipe("digits", "--synthesize.iterations", 0, "--synthesize.observers", "[]")
     recipe("digits", "--initialize.kind", "rded", "--initialize.factor", 4, "--ipc", 18)
     recipe("imagenet1k", "--source.streaming", "true")
+    recipe("digits", "--evaluation.view.shuffle", 3)
 
 
 def test_a_loaded_observer_has_no_epochs_to_name():
@@ -566,3 +606,4 @@ def test_a_switch_takes_any_word_for_a_truth_and_an_error_names_it():
 
 def test_a_name_too_long_for_a_file_is_no_recipe():
     assert error("a" * 300).startswith("recipe: no file aaa")
+    assert error("~nosuchuser/x").startswith("recipe: no file ~nosuchuser/x")

@@ -86,7 +86,7 @@ def test_the_lines_are_trained_and_tested(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ([], "showcase: no finished set in"),
+        ([], "run: no finished set in"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--sedes", "3"], "sedes: unknown key; did you mean 'seeds'?"),
         (["other"], "showcase: expected RUN, got"),
@@ -96,6 +96,11 @@ def test_a_wrong_command_line_is_refused(tmp_path, capsys, more, line):
     assert showcase.main([str(tmp_path), *more]) == 2
     err = capsys.readouterr().err
     assert line in err and len(err.splitlines()) == 1
+
+
+def test_under_a_launcher_one_process_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert showcase.main([str(tmp_path)]) == 0 and capsys.readouterr().err == ""
 
 
 def test_help_names_the_options(capsys):

@@ -82,7 +82,7 @@ def test_a_loss_that_is_no_number_is_refused_and_not_published(session, tmp_path
 
     generator, progress = torch.Generator(), Progress(tmp_path / "p", 1e9)
     given = images(), torch.arange(4), [Smooth(0), Broken(0)], recipe()
-    with pytest.raises(InputError, match="no number from step 1 on; lower synthesize.lr"):
+    with pytest.raises(InputError, match="no number from step 1 on; lower synthesize.lr .*, or raise synthesize.eps"):
         synthesize.optimise(*given, session, generator, progress)
 
 

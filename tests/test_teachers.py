@@ -153,6 +153,12 @@ def test_a_teacher_may_be_trained_here_and_is_found_again(toy_run, beside, tmp_p
     assert torch.equal(teachers.Teachers(*args).teach(batch(), {}), logits) and file.stat().st_mtime_ns == stamp
 
 
+def test_a_teacher_that_cannot_be_is_named_as_a_teacher(toy_run, beside):
+    made, _ = of_run(toy_run, beside, teachers=[{"name": "t", **ARCH, "weights": "./none.safetensors"}])
+    with pytest.raises(InputError, match="^evaluation.teachers: t: weights: no file ./none.safetensors"):
+        _ = made.fingerprints
+
+
 def test_teachers_use_the_batch_s_statistics_where_the_set_s_labels_do(toy_run, beside, tmp_path, monkeypatch):
     made, own = of_run(toy_run, beside)
     given = made._recipe

@@ -1,14 +1,14 @@
 """Method by design choice, as Markdown for the README, from the files of the methods.
 
-python -m edc_hub.matrix
+python benchmarks/matrix.py
 """
 
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
-from . import recipes
-from .recipe import Recipe, selected
+from edc_hub import recipes
+from edc_hub.recipe import Recipe, selected
 
 
 LARGE, SMALL, IPC = "imagenet1k", "cifar10", 10
