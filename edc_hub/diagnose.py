@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import arguments, launch, recipes
+from . import arguments, disk, launch, recipes
 from .errors import InputError
 from .section import Positive, Section
 
@@ -69,7 +69,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
     What a measure needs is looked for before the first one starts. Raises InputError where a measure that was asked
     for cannot be made; of those that nobody named the file says why.
     """
-    from . import disk, panels, pictures
+    from . import panels, pictures
 
     ready, unavailable = {}, {}
     for name in dict.fromkeys(options.measures):
@@ -97,7 +97,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
 
 def _merged(path: Path, about: dict, made: dict, seconds: dict, unavailable: dict) -> dict[str, Any]:
     """The file's content, with what an earlier call measured of the same set."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    old = disk.json_of(path)
     old = old if old.get("about", {}).get("set") == about["set"] else {}
     times = {name: value for name, value in {**old.get("seconds", {}), **seconds}.items() if name in MEASURES}
     measures = {name: made.get(name) or old[name] for name in MEASURES if name in made or name in old}

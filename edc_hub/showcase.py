@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from . import arguments, card, documents, launch, recipes, snippets
+from . import arguments, card, disk, documents, launch, recipes, snippets
 from .errors import InputError
 from .section import Positive, Section
 
@@ -91,16 +91,16 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes `prefixes` into results.json and what a card says of them into README.md."""
-    from . import disk, results
+    from . import results
 
-    place, readme = folder / "results.json", folder / "README.md"
+    readme = folder / "README.md"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
     sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
     rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
     table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
     with disk.turn(folder.parent):
-        old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        old = disk.json_of(folder / "results.json")
         results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
         text = readme.read_text(encoding="utf-8")
         text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
