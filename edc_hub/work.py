@@ -123,12 +123,19 @@ class Progress:
     """
 
     def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds, self.last = path, seconds, time.monotonic()
+        self.path, self.seconds, self.start = path, seconds, time.monotonic()
+        self.last = self.start
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the unit took, with those of a killed run up to its last save."""
+        return time.monotonic() - self.start
 
     def load(self) -> dict[str, Tensor] | None:
         if not self.path.exists():
             return None
         with safe_open(self.path, "pt") as file:
+            self.start -= float((file.metadata() or {}).get("seconds", 0))
             return {name: file.get_tensor(name) for name in file.keys()}
 
     def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
@@ -136,7 +143,8 @@ class Progress:
         if time.monotonic() - self.last < self.seconds:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
-        write_atomically(self.path, lambda path: save_file(tensors, path))
+        spent = {"seconds": str(self.elapsed)}
+        write_atomically(self.path, lambda path: save_file(tensors, path, metadata=spent))
         self.last = time.monotonic()
 
 
