@@ -50,8 +50,6 @@ class Stored:
         hard: bool = False,
         mix: bool = True,
     ):
-        if not (mix or hard):
-            raise ValueError("stored soft labels are of the mixed views: without mixing give hard=True")
         self._condensed, self._batch, self._seed, self._hard, self._mix = condensed, batch, seed, hard, mix
         self._images = condensed.pictures.to(device)
         self._labels = condensed.of_pictures(condensed.labels).to(device)
