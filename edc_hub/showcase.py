@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import Field
 
 from . import arguments, card, disk, documents, launch, recipes, snippets
-from .errors import InputError
+from .recipe import Recipe
 from .section import Positive, Section
 
 
@@ -38,18 +38,16 @@ def command(argv: list[str]) -> None:
     """Parses, measures, writes."""
     run, options = arguments.of_run(argv, "showcase", Options)
     folder = run / "dataset"
-    if not (folder / "manifest.json").is_file():
-        raise InputError(f"showcase: no finished set in {run}; give the folder of a finished run")
+    recipe = recipes.of_run(run)  # with its path of a local source
     with launch.lock(run):
-        publish(folder, measure(run, options.seeds))
+        publish(folder, measure(run, recipe, options.seeds))
 
 
-def measure(run: Path, seeds: int) -> list[dict[str, Any]]:
+def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     """For each k of `prefixes` the accuracies, a student each, of the example on the first k images of each class."""
     from . import source
 
     manifest = json.loads((run / "dataset/manifest.json").read_text(encoding="utf-8"))
-    recipe = recipes.of_run(run)  # with its path of a local source
     code = snippets.example(manifest, recipe.evaluation, "dataset")
     test = source.load(recipe.source, "test")
     images, labels = test.images(test.rows()), test.labels[test.rows()]

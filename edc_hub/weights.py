@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .disk import sha256
 from .errors import InputError, first_line
 from .networks import Network, transformers
 
@@ -249,12 +250,6 @@ def _unwrap(state: Any, own: dict[str, Tensor], source: str) -> dict[str, Tensor
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(state: dict[str, Tensor]) -> str:

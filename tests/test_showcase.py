@@ -74,7 +74,7 @@ def test_what_is_measured_are_the_lines_of_the_card(dataset, tmp_path, monkeypat
         return 0.25
 
     monkeypatch.setattr(showcase, "_train", train)
-    found = showcase.measure(run, 2)
+    found = showcase.measure(run, recipes.of_run(run), 2)
     assert found == [{"images_per_class": k, "accuracy": [0.25, 0.25]} for k in (1, 2)]
     shown = (run / "dataset/README.md").read_text("utf-8")
     assert [seed for _, seed in ran] == [0, 1, 0, 1] and f"```python\n{ran[-1][0]}\n```" in shown
@@ -94,7 +94,7 @@ def test_the_lines_are_trained_and_tested(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("more", "line"),
     [
-        ([], "showcase: no finished set in"),
+        ([], "run: no finished set in"),
         (["--seeds", "0"], "seeds: expected at least 1, got 0"),
         (["--sedes", "3"], "sedes: unknown key; did you mean 'seeds'?"),
         (["other"], "showcase: expected RUN, got"),
