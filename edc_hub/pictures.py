@@ -100,7 +100,7 @@ class Clock:
 
 
 def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
-    """Writes run.json, what was measured."""
+    """Writes run.json, what this call measured; of a stage that an earlier one made, the time of finding it."""
     gpu = session.device.type == "cuda"
     facts = {
         "seconds": clock.seconds,

@@ -26,7 +26,6 @@ def outcome(done: Done, bench: Bench) -> Outcome:
 def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> dict[str, Any]:
     """Everything that a reader of the figures must know, for results.json."""
     asked, first, judged = parsed.comparison, parsed.sets[0], bench.judged_on
-    own_images = _is_of_own_images(bench, first)
     every, here = [each.facts for each in done], machine(session)  # here: of students from before it was kept
     rows = {}
     for row in dict.fromkeys(each.trial.row for each in done):
@@ -36,7 +35,7 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
     papers = {  # the students that papers mean by a name, where the images are theirs too
         name: entry.arch
         for name, entry in bench.students.items()
-        if own_images and not entry.args and entry.input_size is None and entry.stem == "auto"
+        if bench.of_own_images and not entry.args and entry.input_size is None and entry.stem == "auto"
     }
     return {
         "set": {
@@ -50,13 +49,13 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
             "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
         },
         "protocol": parsed.protocol,
-        "own_protocol": own_images and _is_own(asked, first),
+        "own_protocol": bench.of_own_images and _is_own(asked, first),
         "evaluation": _portable(asked, first),
         "split": asked.split,
         "test": {
             "id": judged.id,
             "split": judged.split,
-            "own": own_images,
+            "own": bench.of_own_images,
             "commit": judged.commit,
             "fingerprint": judged.fingerprint,
             "images": len(bench.truth),
@@ -70,14 +69,6 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
         "hardware": _joined([{"device": each["device"], **each.get("hardware", here["hardware"])} for each in every]),
         "versions": _joined([each.get("versions", here["versions"]) for each in every]),
     }
-
-
-def _is_of_own_images(bench: Bench, first: CondensedSet) -> bool:
-    """Whether accuracy is measured on the images that the set's own recipe names, made square as there."""
-    asked, own = bench.comparison.source, recipes.resolve(first.recipe).source
-    if any(getattr(asked, key) != getattr(own, key) for key in ("name", "test_split", "resize", "classes")):
-        return False
-    return asked.path == own.path or bench.other_images is None  # a set on its own has a folder's name alone
 
 
 def _transform(judged: RealSet, size: int) -> str:

@@ -123,6 +123,14 @@ class Bench:
         """What is wrong where the real set here is not the one that the set was condensed from; else None."""
         return controls.other_images(self.sets[0], lambda: self.real, self.source)
 
+    @cached_property
+    def of_own_images(self) -> bool:
+        """Whether accuracy is measured on the images that the set's own recipe names, made square as there."""
+        asked, own = self.comparison.source, recipes.resolve(self.sets[0].recipe).source
+        if any(getattr(asked, key) != getattr(own, key) for key in ("name", "test_split", "resize", "classes")):
+            return False
+        return asked.path == own.path or self.other_images is None  # a set on its own has a folder's name alone
+
     def trials(self) -> list[Trial]:
         """Every trial of the comparison. Rows that cannot be had are noted in `unavailable`."""
         asked, seeds = self.comparison, self.comparison.seeds
@@ -182,6 +190,7 @@ class Bench:
                 )
             if section.labels == "online":
                 _ = self.teachers.fingerprints
+        _ = self.of_own_images  # which may read the training split
         real = self._real_asked
         if real and not self.other_images and (refused := self._beyond_memory(len(self.real.rows()))):
             if "upper_bound" in real:

@@ -25,6 +25,7 @@ from toys import png, write_parquet
 from edc_hub import comparison, controls, disk, evaluate, feed, judged, launch, record, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
+from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
 
@@ -624,6 +625,13 @@ def test_figures_on_other_images_than_the_set_s_test_split_are_named_and_are_no_
     assert (
         moved["own_protocol"] and (runs / "first/dataset/results.json").is_file()
     )  # the same images in another folder
+
+
+def test_other_images_without_a_training_split_are_refused_before_a_student_is_trained(toy_run, session, tmp_path):
+    write_parquet(tmp_path / "other", {"test": [0, 1, 2]}, names=NAMES)
+    made = bench(toy_run, session, *FEW, "--source.path", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="^source.train_split: no split 'train' in other"):
+        made.check()
 
 
 @pytest.mark.parametrize(
