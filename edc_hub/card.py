@@ -76,7 +76,7 @@ def _rendered(
     repo: str,
     published: dict[str, Any] | None,
 ) -> str:
-    images, soft, source = manifest["images"], manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
+    soft, source = manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
     steps = {
         f"shuffle of {soft['shuffle']}x{soft['shuffle']} strips": soft["shuffle"],
         f"RandAugment ({soft['rand_augment']} operations of magnitude {soft['magnitude']})": soft["rand_augment"],
@@ -96,12 +96,6 @@ def _rendered(
         template_path=str(TEMPLATE),
         manifest=manifest,
         title=_title(manifest),
-        count=images["count"],
-        size=images["size"],
-        grid=(side := manifest.get("decode", {"grid": 1})["grid"]),
-        shown="pictures" if side > 1 else "images",
-        soft=soft,
-        likeness=manifest.get("likeness"),
         cited=_cited(manifest, source, citations),
         citations=citations,
         source=source,
@@ -113,8 +107,6 @@ def _rendered(
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
         repo=repo,
         example=snippets.example(manifest, evaluation, repo),
-        replay=snippets.replay(repo),
-        stream=snippets.stream(manifest, repo),
         label_columns=codecs.described(soft, len(manifest["classes"])),
         pinned=f" --source.revision {source['commit']}" if source["commit"] else "",
         published=published or {},

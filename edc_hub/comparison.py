@@ -107,6 +107,9 @@ def resolve(given: dict[str, Any]) -> Parsed:
     comparison = keys.validated(Comparison, _resolved(given, sets[0]))
     rules.validate_protocol(comparison.evaluation, sets[0].manifest["images"]["size"])
     _refuse_seen_holdout(comparison, sets[0])
+    for key in ("size", "mean", "std"):
+        if key in (given.get("source") or {}) and getattr(comparison.source, key) != sets[0].recipe["source"][key]:
+            raise InputError(f"source.{key}: students see the set's images, which decide it; remove it")
     return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
 
 

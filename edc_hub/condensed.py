@@ -86,7 +86,8 @@ def write(
     )
     for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
-    if manifest.is_of(folder, known["fingerprint"]):
+    old = manifest.there(folder)
+    if old.get("fingerprint") == known["fingerprint"] and manifest.is_whole(folder, old):
         return False
     part = disk.temporary(folder)
     try:
@@ -109,12 +110,17 @@ def write(
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        same, readme = manifest.same_data(folder, facts), folder / "README.md"
-        old = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        text = card.render(facts, recipe.evaluation, folder.name, data=data, old=old, measured=same is not None)
+        same, readme = old.get("configs") == facts["configs"], folder / "README.md"  # the very rows
+        if not same and old.get("versions") == facts["versions"]:  # other libraries may write the same rows otherwise
+            raise InputError(
+                f"output_dir: {folder} is finished, of other images or labels than this recipe gives now (a method's "
+                "file or weights have changed); give this run another output_dir"
+            )
+        theirs = readme.read_text(encoding="utf-8") if readme.is_file() else None
+        text = card.render(facts, recipe.evaluation, folder.name, data=data, old=theirs, measured=same)
         _write_text(part / "README.md", text)
         if same:
-            _carry(folder, part, same, facts["fingerprint"])
+            _carry(folder, part, old["fingerprint"], facts["fingerprint"])
         _replace(part, folder)
         return True
     finally:

@@ -1,11 +1,10 @@
 """What is published, and where: the files of a dataset folder, and those of its observers."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
-from . import documents, recipes
+from . import disk, documents, recipes
 from .errors import InputError
 from .versions import DATA, File, Version
 
@@ -16,14 +15,14 @@ OBSERVERS = "observers.json"
 BESIDE = ("results.json", OBSERVERS, "assets/grid.png", "assets/curves.png")
 
 
-def models(run: Path, id: str, dataset_id: str, place: Path) -> list[Version]:
-    """What is published of a run's observers, written below `place`: a model repository `<id>-<observer>` each."""
+def models(folder: Path, id: str, dataset_id: str, place: Path) -> list[Version]:
+    """What is published of the observers of a dataset folder, written below `place`: `<id>-<observer>` each."""
     from . import observer_repo
 
     versions = []
-    for name, folder in observer_repo.write(run, place, id, dataset=dataset_id).items():
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        files = [_file(folder, path.relative_to(folder).as_posix()) for path in paths]
+    for name, written in observer_repo.write(folder, place, id, dataset=dataset_id).items():
+        paths = sorted(path for path in written.rglob("*") if path.is_file())
+        files = [_file(written, path.relative_to(written).as_posix()) for path in paths]
         versions.append(Version(name, "model", observer_repo.FACTS, {file.path: file for file in files}))
     return versions
 
@@ -87,7 +86,6 @@ def _file(folder: Path, path: str) -> File:
     try:
         if not DATA.fullmatch(path):
             return File.read(path, place.read_bytes())
-        with open(place, "rb") as file:
-            return File(path, place, place.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return File(path, place, place.stat().st_size, disk.sha256(place))
     except OSError as error:
         raise InputError(f"{place}: cannot be read ({error.strerror}); condense the set again") from error

@@ -6,19 +6,15 @@ observers where those are published. The labels of a control are then those that
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import canvas, pictures, recipes, source
 from .condensed import CondensedSet
 from .initialize import Initial
 from .protocol import Evaluation
+from .realset import RealSet
 from .recipe import Source
 from .teachers import Teachers
-
-
-if TYPE_CHECKING:
-    from .realset import RealSet
-    from .work import Session
+from .work import Session
 
 
 _NO_REAL_ONES = "the images start from no real ones"
@@ -27,9 +23,9 @@ _NO_REAL_ONES = "the images start from no real ones"
 def find(
     condensed: CondensedSet,
     kind: str,
-    real: Callable[[], "RealSet"],
+    real: Callable[[], RealSet],
     section: Source,
-    session: "Session",
+    session: Session,
     folder: Path,
 ) -> tuple[list[CondensedSet], str]:
     """The sets of control `kind` (`initial` or `random`), or none and why.
@@ -51,7 +47,7 @@ def find(
     return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
 
 
-def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], section: Source) -> str | None:
+def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], RealSet], section: Source) -> str | None:
     """Why a control cannot be made of this set; None where it can."""
     made = condensed.manifest
     if condensed.published_observers is None:
@@ -67,7 +63,7 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], "RealSet"], 
     return None
 
 
-def other_images(condensed: CondensedSet, real: Callable[[], "RealSet"], section: Source) -> str | None:
+def other_images(condensed: CondensedSet, real: Callable[[], RealSet], section: Source) -> str | None:
     """What is wrong where the real set here is not the one that this set was condensed from; else None."""
     size = condensed.source_size
     then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
@@ -77,7 +73,7 @@ def other_images(condensed: CondensedSet, real: Callable[[], "RealSet"], section
 
 
 def _make(
-    condensed: CondensedSet, kind: str, real: "RealSet", section: Source, session: "Session", folder: Path
+    condensed: CondensedSet, kind: str, real: RealSet, section: Source, session: Session, folder: Path
 ) -> list[CondensedSet]:
     """The sets of a control below `folder`, labelled where they are not there."""
     recipe, watching, session = Teachers(condensed, Evaluation(), section, session).labellers()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,18 +18,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import encoding, synthesize, work
+from .condensed import CondensedSet
 from .initialize import Initial
 from .objective import Observed, Space
+from .observers import Observers
+from .realset import RealSet
 from .recipe import Recipe, Synthesize, selected, title
 from .taps import Taps
 from .targets import Moments
 from .work import Progress, Session
-
-
-if TYPE_CHECKING:
-    from .condensed import CondensedSet
-    from .observers import Observers
-    from .realset import RealSet
 
 
 class Estimate(NamedTuple):
@@ -128,11 +125,11 @@ def watched(section: Synthesize, observers: int, every: int) -> list[int]:
 
 def along_synthesis(
     recipe: Recipe,
-    real: "RealSet",
-    watching: "Observers",
+    real: RealSet,
+    watching: Observers,
     moments: Moments,
     initial: Initial,
-    condensed: "CondensedSet",
+    condensed: CondensedSet,
     session: Session,
     *,
     every: int,

@@ -95,7 +95,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
 
 def _merged(path: Path, about: dict, made: dict, seconds: dict, unavailable: dict) -> dict[str, Any]:
     """The file's content, with what an earlier call measured of the same set."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    old = disk.json_of(path)
     old = old if old.get("about", {}).get("set") == about["set"] else {}
     times = {name: value for name, value in {**old.get("seconds", {}), **seconds}.items() if name in MEASURES}
     measures = {name: made.get(name) or old[name] for name in MEASURES if name in made or name in old}

@@ -1,6 +1,7 @@
 """Files that others see whole or not at all, locks, and what a disk refuses in one line."""
 
 import errno
+import hashlib
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -55,6 +57,21 @@ def write_atomically(path: Path, write: Callable[[Path], None], key: str = "outp
             part.unlink(missing_ok=True)
         except OSError:
             pass  # a read-only disk, reported above
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty where it is missing or damaged: what is measured is never lost to it."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def sha256(path: Path) -> str:
+    """Of the bytes of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

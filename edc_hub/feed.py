@@ -50,8 +50,6 @@ class Stored:
         hard: bool = False,
         mix: bool = True,
     ):
-        if not (mix or hard):
-            raise ValueError("stored soft labels are of the mixed views: without mixing give hard=True")
         self._condensed, self._batch, self._seed, self._hard, self._mix = condensed, batch, seed, hard, mix
         self._images = condensed.pictures.to(device)
         self._labels = condensed.of_pictures(condensed.labels).to(device)
@@ -173,10 +171,12 @@ def equal_bytes(real: RealSet, budget: int, section: Images, seed: int) -> tuple
     turn = torch.cat([torch.arange(len(rows)) for rows in orders])
     turns = torch.cat(orders)[turn.argsort(stable=True)]  # one of each class, then the next of each
     sizes: list[int] = []
-    for rows in turns.split(256):
-        sizes += map(len, encoding.encode(real.images(rows), section))
-        if sum(sizes) > budget and len(sizes) >= len(orders):
-            break
+    ahead = 256
+    while len(sizes) < len(turns) and (sum(sizes) <= budget or len(sizes) < len(orders)):
+        real.keep(turns[:ahead])  # a stream is read once for all of them
+        for rows in turns[len(sizes) : ahead].split(256):
+            sizes += map(len, encoding.encode(real.images(rows), section))
+        ahead = max(len(orders), int(1.05 * len(sizes) * budget / sum(sizes))) + 256  # by what they took so far
     fit = int((torch.tensor(sizes).cumsum(0) <= budget).sum())
     count = max(fit, len(orders))
     return turns[:count], sum(sizes[:count])

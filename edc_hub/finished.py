@@ -82,8 +82,7 @@ class Finished:
         split = "holdout" if self.recipe.source.holdout else "test"
         asked = {"dataset": [str(self.run)], "split": split, "seeds": [0], "controls": [], "evaluation": evaluation}
         parsed = comparison.resolve(asked)
-        session = replace(self.session, dtype=getattr(torch, parsed.comparison.precision))
-        bench = Bench(parsed.comparison, parsed.sets, session, self.run)
+        bench = Bench(parsed.comparison, parsed.sets, self.session, self.run)
         bench.check()
         return bench, name
 

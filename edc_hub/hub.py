@@ -123,10 +123,12 @@ def plan(version: Version, repository: Repository, tag: str | None = None) -> Pl
     for name in [tag] if tag in tags else [] if tag else numbered:
         if _holds(tags[name], version, repository):
             return Plan(name, head, tags[name], True, [], [])
-    after = "v1.0.0"
+    after, newest = "v1.0.0", None
     if numbered:
         newest = tags[numbered[0]]
-        same = all(file.is_in(repository.tree(newest)) for file in everything if DATA.fullmatch(file.path))
+        tree = repository.tree(newest)
+        same = all(file.is_in(tree) for file in everything if DATA.fullmatch(file.path))
+        same &= not any(map(DATA.fullmatch, _gone(version, tree)))
         mark = version.files[version.mark].content
         after = following(numbered[0], repository.text(version.mark, newest), mark.decode(), same)
     if tag in tags:
@@ -134,7 +136,9 @@ def plan(version: Version, repository: Repository, tag: str | None = None) -> Pl
             f"tag: {tag} of {version.id} holds other content and never moves; write --tag {after}, the next free one"
         )
     _refuse_others(repository, version.mark, there)
-    holding = [oid for oid in repository.commits() if _holds(oid, version, repository)]
+    commits = repository.commits()
+    since = commits[: commits.index(newest) + 1] if newest in commits else commits  # hundreds may lie before it
+    holding = [oid for oid in since if _holds(oid, version, repository)]
     commit = holding[-1] if holding else None  # the one that brought it, not what was committed since
     if commit is None and ".gitignore" in there:
         raise InputError(f"{version.id}: its .gitignore may leave files out of a version; delete it on the Hub")

@@ -14,7 +14,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -157,7 +156,7 @@ def _writing(error: Exception, id: str) -> str | None:
     if "Invalid metadata in README.md" in str(error):
         return f"README.md: the Hub refuses its metadata: {error}; correct it and give the same command again"
     login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
-    if code == 401 or isinstance(error, LocalTokenNotFoundError):
+    if code == 401:
         return f"HF_TOKEN: {endpoint} does not know the token (401); {login}"
     if code == 403:
         return f"{id}: the token may not write there (403: {said}); {login}, or write another name before the /"

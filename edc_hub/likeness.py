@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-
-if TYPE_CHECKING:
-    from .source import RealSet
+from .realset import RealSet
 
 
 BATCH = 64  # images compared at once: of 224 px, a few hundred MB in float64
@@ -20,7 +18,7 @@ WINDOW, SIGMA = 11, 1.5  # of SSIM, Wang et al. 2004
 def facts(
     pictures: Callable[[list[int]], Tensor],
     source_rows: Tensor,
-    real: "RealSet",
+    real: RealSet,
     *,
     whole: bool,
 ) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from . import __version__, canvas, codecs, randaugment, views
+from . import __version__, canvas, codecs, disk, randaugment, views
 from .errors import InputError
 from .recipe import Recipe, roles, title
 from .tables import Written
@@ -108,9 +108,7 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
     for config, written in data.items():
         for name, rows in written.rows.items():
             path = folder / config / name
-            with open(path, "rb") as file:
-                sha = hashlib.file_digest(file, "sha256").hexdigest()
-            files[f"{config}/{name}"] = {"sha256": sha, "bytes": path.stat().st_size, "rows": rows}
+            files[f"{config}/{name}"] = {"sha256": disk.sha256(path), "bytes": path.stat().st_size, "rows": rows}
         hashes = [file["sha256"] for path, file in files.items() if path.startswith(f"{config}/")]
         configs[config] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return {**known, "configs": configs, "files": files}
@@ -118,35 +116,12 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
 
 def there(folder: Path) -> dict[str, Any]:
     """The manifest in a dataset folder; empty where there is none, or one that a killed process left."""
+    return disk.json_of(folder / "manifest.json")
+
+
+def is_whole(folder: Path, found: dict[str, Any]) -> bool:
+    """Whether a folder has every file that its manifest names, each of its size."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def same_data(folder: Path, facts: dict[str, Any]) -> str | None:
-    """The fingerprint of the set in a dataset folder, if its rows are the very ones of the manifest `facts`.
-
-    Raises InputError where the rows differ and the same libraries wrote them: the set is finished, and another one.
-    """
-    found = there(folder)
-    if found.get("configs") == facts["configs"]:
-        return found["fingerprint"]
-    if found.get("versions") == facts["versions"]:
-        raise InputError(
-            f"output_dir: {folder} is finished, of other images or labels than this recipe gives now (a method's file "
-            "or weights have changed); give this run another output_dir"
-        )
-    return None
-
-
-def is_of(folder: Path, fingerprint: str) -> bool:
-    """Whether a folder is the whole dataset folder with this fingerprint."""
-    found = there(folder)
-    try:
-        sizes = {path: (folder / path).stat().st_size for path in found["files"]}
-    except (OSError, KeyError, TypeError):
+        return all((folder / path).stat().st_size == file["bytes"] for path, file in found["files"].items())
+    except (OSError, KeyError, TypeError, AttributeError):
         return False
-    whole = all(found["files"][path]["bytes"] == size for path, size in sizes.items())
-    return whole and found["fingerprint"] == fingerprint

@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import documents, networks, recipes, terms, weights
+from . import manifest as manifests
+from .condensed import CondensedSet
 from .errors import InputError
 from .networks import Network
 from .recipe import Network as Section
@@ -22,28 +24,25 @@ STAGE = "observers"
 TEMPLATE = terms.CARDS / "observers.md.jinja"
 FACTS, WEIGHTS = weights.OURS, weights.FILES[0]
 
-_TIMM = """\
-import timm
 
-model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()"""
-_TRANSFORMERS = """\
-from transformers import AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{repo}").eval()"""
-
-
-def write(run: Path, folder: Path, repo: str, *, dataset: str | None = None) -> dict[str, Path]:
-    """Writes a new `folder/<observer>` for each observer of the run's set; returns the folders by their ids.
+def write(made: Path, folder: Path, repo: str, *, dataset: str | None = None) -> dict[str, Path]:
+    """Writes a new `folder/<observer>` for each observer of the set in the dataset folder `made`; returns the folders
+    by their ids.
 
     The id of an observer is `<repo>-<observer>`. `model.safetensors` are the weights after the last epoch, the other
     snapshots are `snapshots/epoch-<n>.safetensors`. Equal runs give equal files.
     Args: dataset: id of the condensed set, for the cards.
-    Errors: InputError where the run is not finished, or its observers' weights are no longer beside it.
+    Errors: InputError where the set does not lie in the run that made it, or the weights are no longer beside that.
     """
-    try:
-        manifest = json.loads((run / "dataset" / "manifest.json").read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{run}: no finished run, dataset/manifest.json is missing; condense first") from error
+    condensed = CondensedSet.load(made)
+    run, manifest = condensed.run, condensed.manifest
+    own = manifests.there(run / "dataset").get("observers", []) if run else []
+    hashes = {entry["name"]: entry["sha256"] for entry in own}
+    if run is None or any(hashes.get(entry["name"]) != entry["sha256"] for entry in manifest["observers"]):
+        raise InputError(
+            f"observers: {made} does not lie in the run whose observers made it; publish it from there, or leave "
+            "--observers out (hub.observers in a recipe)"
+        )
     recipe = recipes.resolve(documents.load(run / "recipe.yaml"))
     sections = {net.name: net for net in recipe.observers.networks}
     written = {}
@@ -54,7 +53,7 @@ def write(run: Path, folder: Path, repo: str, *, dataset: str | None = None) -> 
         place, own = folder / name, f"{repo}-{name}"
         facts, states = _found(run, name, used)
         _write_one(place, own, recipe, sections[name], facts, states, manifest, dataset)
-        shutil.copyfile(run / "dataset" / "recipe.yaml", place / "recipe.yaml")
+        shutil.copyfile(made / "recipe.yaml", place / "recipe.yaml")
         written[own] = place
     return written
 
@@ -106,7 +105,6 @@ def _write_one(
     text = json.dumps({"format_version": "1.0", **shown}, indent=2, ensure_ascii=False) + "\n"
     (place / FACTS).write_text(text, encoding="utf-8")
     library = _configure(place, recipe, section, manifest["classes"])
-    code = {"timm": _TIMM, "transformers": _TRANSFORMERS}.get(library, "").format(repo=repo)
     data = ModelCardData(
         license=source["license"],
         **{name: source[name] for name in ("license_name", "license_link") if source[name]},
@@ -126,7 +124,6 @@ def _write_one(
         repo=repo,
         dataset=dataset,
         library=library,
-        code=code,
         entry=_entry(section, facts, repo),
     )
     (place / "README.md").write_text(card.content, encoding="utf-8")

@@ -83,26 +83,17 @@ def _bars(axis: "Axes", rows: dict[str, dict[str, float]]) -> None:
     axis.invert_yaxis()
 
 
-_PANELS: dict[str, Callable[["Axes", dict[str, Any]], str]] = {
-    "hessian": _hessian,
-    "gradients": _gradients,
-    "moments": _moments,
-    "views": _views,
-    "agreement": _agreement,
-}
-
-
 def picture(path: Path, found: dict[str, Any]) -> None:
     """Writes a PNG with a panel for each measure of a diagnosis."""
     from matplotlib.figure import Figure
 
-    measures = [name for name in _PANELS if name in found]
+    measures = [name for name in _MEASURES if name in found]
     columns = min(COLUMNS, len(measures))
     rows = -(-len(measures) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.9 * rows), dpi=120, layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis, name in zip(axes, measures, strict=False):
-        axis.set_title(_PANELS[name](axis, found[name]), loc="left", fontsize=10)
+        axis.set_title(_MEASURES[name][0](axis, found[name]), loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -128,14 +119,7 @@ def _by_observer(found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 def table(found: dict[str, Any]) -> str:
     """Plain text, a block of lines for each measure."""
-    lines = {
-        "hessian": _hessian_lines,
-        "gradients": _gradient_lines,
-        "moments": _moment_lines,
-        "views": _view_lines,
-        "agreement": _agreement_lines,
-    }
-    blocks = ["\n".join(lines[name](found[name])) for name in lines if name in found]
+    blocks = ["\n".join(lines(found[name])) for name, (_, lines) in _MEASURES.items() if name in found]
     blocks += [f"{name}: not available: {reason}" for name, reason in found["unavailable"].items()]
     return "\n\n".join(blocks) + "\n"
 
@@ -187,3 +171,14 @@ def _agreement_lines(found: dict[str, Any]) -> list[str]:
         same = own["agreement"]
         lines.append(f"{name:<44}{same['live']:>8.1%}{same['ema']:>8.1%}{own['accuracy']:>10.1%}")
     return lines
+
+
+Panel, Lines = Callable[["Axes", dict[str, Any]], str], Callable[[dict[str, Any]], list[str]]
+
+_MEASURES: dict[str, tuple[Panel, Lines]] = {
+    "hessian": (_hessian, _hessian_lines),
+    "gradients": (_gradients, _gradient_lines),
+    "moments": (_moments, _moment_lines),
+    "views": (_views, _view_lines),
+    "agreement": (_agreement, _agreement_lines),
+}

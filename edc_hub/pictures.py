@@ -3,24 +3,23 @@
 import json
 import os
 import platform
+import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from . import launch
+import torch
+from torch import Tensor
+
+from . import canvas, condensed, disk, encoding, initialize, labels, launch, work
+from .initialize import Initial
+from .observers import Observers
+from .realset import RealSet
 from .recipe import Recipe
-
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from .initialize import Initial
-    from .observers import Observers
-    from .source import RealSet
-    from .work import Session
+from .work import Session
 
 
 class Pictures(NamedTuple):
@@ -28,25 +27,21 @@ class Pictures(NamedTuple):
 
     label: str
     place: Path
-    images: "Tensor"  # uint8 (N, 3, s, s), canvases where `images.grid` says so
-    initial: "Initial"
+    images: Tensor  # uint8 (N, 3, s, s), canvases where `images.grid` says so
+    initial: Initial
     control: str | None
     origin: dict | None = None  # of images that were not made here
     epochs: int | None = None  # label epochs of a control: those of its set
 
 
 def controls(
-    recipe: Recipe, real: "RealSet", initial: "Initial", folder: Path, epochs: int | None = None
+    recipe: Recipe, real: RealSet, initial: Initial, folder: Path, epochs: int | None = None
 ) -> Iterator[Pictures]:
     """What synthesis is held against: the images it started from, and draws of random real images.
 
     They are labelled for as many epochs as the set: `epochs`, or those of `folder/dataset`, which is written before
     the first control is asked for.
     """
-    import torch
-
-    from . import canvas, condensed, initialize, work
-
     if epochs is None:
         epochs = condensed.CondensedSet.load(folder / "dataset").epochs
     place = folder / "controls" / "initial"
@@ -57,7 +52,7 @@ def controls(
     real.keep(torch.cat(draws))  # a stream is read once for all of them
     for draw, rows in enumerate(draws):
         images = canvas.compose(real.images(rows), recipe.images.grid)
-        start = initialize.Initial(images, rows.int().view(-1, tiles), "")
+        start = Initial(images, rows.int().view(-1, tiles), "")
         place = folder / "controls" / "random" / str(draw)
         yield Pictures(f"control random {draw}", place, start.images, start, "random", epochs=epochs)
 
@@ -69,12 +64,8 @@ def control_folders(run: Path, kind: str) -> list[Path]:
     return [place for place in places if (place / "manifest.json").is_file()]
 
 
-def label_and_write(
-    recipe: Recipe, real: "RealSet", watching: "Observers", pictures: Pictures, session: "Session"
-) -> bool:
+def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures: Pictures, session: Session) -> bool:
     """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
-    from . import condensed, encoding, labels
-
     files = encoding.encode(pictures.images, recipe.images)
     soft = labels.obtain(recipe, encoding.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
@@ -97,7 +88,7 @@ def label_and_write(
 class Clock:
     """Times the stages: a line on stderr for each, and `seconds` for run.json."""
 
-    def __init__(self, session: "Session"):
+    def __init__(self, session: Session):
         self.session, self.seconds = session, {}
 
     @contextmanager
@@ -108,14 +99,8 @@ class Clock:
         self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
 
 
-def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session") -> None:
-    """Writes run.json, what was measured."""
-    import resource
-
-    import torch
-
-    from . import disk
-
+def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
+    """Writes run.json, what this call measured; of a stage that an earlier one made, the time of finding it."""
     gpu = session.device.type == "cuda"
     facts = {
         "seconds": clock.seconds,
@@ -132,7 +117,7 @@ def write_facts(real: "RealSet", clock: Clock, folder: Path, session: "Session")
     disk.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
 
 
-def say_where(recipe: Recipe, real: "RealSet", dataset: Path, session: "Session") -> None:
+def say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:
     """Says where the set is, its size, and how to load it."""
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     count = len(real.names) * recipe.ipc

@@ -75,7 +75,7 @@ def push(
     for name in names if not dry_run else ():
         hub.may_write(name, say)  # before the files are read
     with tempfile.TemporaryDirectory() as place:
-        models = contents.models(folder.resolve().parent, observers, id, Path(place)) if observers else []
+        models = contents.models(folder, observers, id, Path(place)) if observers else []
 
         def dataset(plans: list[tuple[Version, Plan]]) -> Version:
             tags = [plan.tag for _, plan in plans]

@@ -1,7 +1,6 @@
 """Accuracies that papers report, to stand beside measured ones: `recipes/published.yaml`, and those of a sweep."""
 
 from collections.abc import Collection
-from functools import cache
 from typing import Any, Literal, TypedDict
 
 from pydantic import Field, ValidationError
@@ -21,13 +20,9 @@ _SAME = {"shufflenet_v2_x0_5": "shufflenet_v2"}
 
 def lookup(name: str, ipc: int, student: str) -> list[Figure]:
     """What papers report for a data set (by its recipe's name), an IPC and a student; empty where nothing is known."""
-    found = _table().get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
+    every = documents.load(recipes.ROOT / "published.yaml")
+    found = every.get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
     return [{**it, "accuracy": _fraction(it["accuracy"]), "std": _fraction(it.get("std"))} for it in found]
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return documents.load(recipes.ROOT / "published.yaml")
 
 
 def _fraction(percent: float | None) -> float | None:

@@ -1,45 +1,43 @@
 """What an evaluation leaves behind: what a reader of its figures must know, and the files."""
 
-import json
 import os
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import documents
+from torch import Tensor
+
+from . import card, disk, documents, recipes, report, results
+from .accuracy import top1
 from .comparison import Comparison, Parsed
+from .condensed import CondensedSet
+from .realset import RealSet
+from .results import Outcome
+from .trials import Bench, Done, machine
+from .work import Session
 
 
-if TYPE_CHECKING:
-    from .condensed import CondensedSet
-    from .results import Outcome
-    from .trials import Bench, Done
-    from .work import Session
-
-
-def outcome(done: "Done", bench: "Bench") -> "Outcome":
+def outcome(done: Done, bench: Bench) -> Outcome:
     """The accuracy of a trial, from its predictions."""
-    from .accuracy import top1
-    from .results import Outcome
-
     trial, truth = done.trial, bench.truth
     live, ema = (top1(done.tensors[key].long(), truth) for key in ("live", "ema"))
     steps, seconds = done.facts["steps"], done.facts["seconds"]
     return Outcome(trial.row, trial.student, trial.set, trial.draw, trial.seed, live, ema, steps, seconds)
 
 
-def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session") -> dict[str, Any]:
+def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> dict[str, Any]:
     """Everything that a reader of the figures must know, for results.json."""
-    import torch
-
     asked, first, judged = parsed.comparison, parsed.sets[0], bench.judged_on
-    size, resize = bench.size, asked.evaluation.test_resize
+    every, here = [each.facts for each in done], machine(session)  # here: of students from before it was kept
     rows = {}
     for row in dict.fromkeys(each.trial.row for each in done):
         own = [each.facts for each in done if each.trial.row == row]
         images, bytes_ = (_mean([facts[key] for facts in own]) for key in ("images", "bytes"))
         rows[row] = {"images": images, "bytes": bytes_}
-    plain = {name for name, entry in bench.students.items() if not entry.args and entry.input_size is None}
+    papers = {  # the students that papers mean by a name, where the images are theirs too
+        name: entry.arch
+        for name, entry in bench.students.items()
+        if bench.of_own_images and not entry.args and entry.input_size is None and entry.stem == "auto"
+    }
     return {
         "set": {
             "id": Path(asked.dataset[0]).absolute().name if _is_local(asked.dataset[0]) else asked.dataset[0],
@@ -52,38 +50,46 @@ def about(parsed: Parsed, bench: "Bench", done: "list[Done]", session: "Session"
             "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
         },
         "protocol": parsed.protocol,
-        "own_protocol": _is_own(asked, first),
+        "own_protocol": bench.of_own_images and _is_own(asked, first),
         "evaluation": _portable(asked, first),
         "split": asked.split,
         "test": {
             "id": judged.id,
+            "split": judged.split,
+            "own": bench.of_own_images,
             "commit": judged.commit,
             "fingerprint": judged.fingerprint,
             "images": len(bench.truth),
-            "transform": f"shorter side {resize}, centre crop {size}" if resize else f"{size} px, none",
+            "transform": _transform(judged, bench.size),
         },
         "bytes": bench.bytes(first, asked.evaluation.labels),
         "label_epochs": first.epochs,
-        "published_as": {name: bench.students[name].arch for name in plain},
+        "published_as": papers,
         "rows": rows,
         "unavailable": bench.unavailable,
-        "hardware": {
-            "device": ", ".join(sorted({each.facts["device"] for each in done})),
-            "processes": session.state.num_processes,
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "datasets")},
+        "hardware": _joined([{"device": each["device"], **each.get("hardware", here["hardware"])} for each in every]),
+        "versions": _joined([each.get("versions", here["versions"]) for each in every]),
     }
 
 
-def _is_own(asked: Comparison, first: "CondensedSet") -> bool:
-    """Whether students are trained as the set's own recipe says, whichever they are."""
-    from . import recipes
+def _transform(judged: RealSet, size: int) -> str:
+    """How a test image becomes the `size` pixels that students see."""
+    if judged.resize == "squash":
+        return f"squashed to {judged.size}x{judged.size}" + (f", centre crop {size}" if judged.size > size else "")
+    return f"shorter side {judged.size}, centre crop {size}"
 
+
+def _is_own(asked: Comparison, first: CondensedSet) -> bool:
+    """Whether students are trained as the set's own recipe says, whichever they are."""
     own = asked.model_copy(update={"evaluation": recipes.resolve(first.recipe).evaluation})
     ours, theirs = (_portable(each, first) for each in (asked, own))
     return all(ours[key] == theirs[key] for key in ours if key not in ("students", "precision"))
+
+
+def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What holds for all students; where they differ, every value in words."""
+    found = {key: sorted({each[key] for each in facts}) for key in facts[0]}
+    return {key: each[0] if len(each) == 1 else ", ".join(map(str, each)) for key, each in found.items()}
 
 
 def _mean(values: list[int | None]) -> int | None:
@@ -95,24 +101,26 @@ def _is_local(place: str) -> bool:
     return os.path.isdir(os.path.expanduser(place))
 
 
-def _portable(asked: Comparison, first: "CondensedSet") -> dict[str, Any]:
+def _portable(asked: Comparison, first: CondensedSet) -> dict[str, Any]:
     """The protocol as a recipe publishes it: local paths by their last part."""
-    from . import recipes
-
     recipe = recipes.resolve(first.recipe).model_copy(update={"evaluation": asked.evaluation})
     return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
 
 
-def own_folder(condensed: "CondensedSet") -> Path | None:
+def own_folder(condensed: CondensedSet) -> Path | None:
     """The dataset folder of the run that made the set; a control's results are none of the run's set."""
     return condensed.run / "dataset" if condensed.run and not condensed.manifest["control"] else None
 
 
-def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
-    """Whether results go into a dataset folder: not in the place of another protocol's, as those of
-    `rd3 (epochs 5)` are not `rd3`'s, nor of more students'. Those of the set's own protocol replace any other's."""
+def replaces(found: dict[str, Any], folder: Path, session: Session) -> bool:
+    """Whether results go into a dataset folder: those on the set's own test images, and not in the place of another
+    protocol's, as those of `rd3 (epochs 5)` are not `rd3`'s, nor of more students'. Those of the set's own protocol
+    replace any other's."""
+    if not found["about"]["test"]["own"]:
+        session.report(f"{folder} gets no results: they are not on the test images of the set's own recipe")
+        return False
+    old = disk.json_of(folder / "results.json")
     try:
-        old = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         protocols = [results["about"]["protocol"] for results in (old, found)]
         sets_own = [results["about"].get("own_protocol") for results in (old, found)]
         more = [
@@ -121,7 +129,7 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
             for row, figures in own["rows"].items()
             if figures["n"] > found["students"].get(student, {"rows": {}})["rows"].get(row, {"n": 0})["n"]
         ]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (KeyError, TypeError):  # none there, or a damaged one
         return True
     if sets_own == [False, True] or (protocols[0] == protocols[1] and not more):
         return True
@@ -133,14 +141,12 @@ def replaces(found: dict[str, Any], folder: Path, session: "Session") -> bool:
     return False
 
 
-def write(found: dict[str, Any], done: "list[Done]", folder: Path) -> None:
+def write(found: dict[str, Any], done: list[Done], folder: Path) -> None:
     """Writes results.json and the curves; into a dataset folder, the table into its card too."""
-    from . import card, disk, report, results
-
     results.write(found, folder)
-    lines: dict[str, list] = {}
+    lines: dict[str, dict[str, list[Tensor]]] = {}
     for each in done:
-        curves = lines.setdefault(f"{each.trial.student}/{each.trial.row}", [])
+        curves = lines.setdefault(each.trial.student, {}).setdefault(each.trial.row, [])
         curves += [each.tensors["loss"], each.tensors["curve"]]
     readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
     report.curves((folder / "assets" if is_set else folder) / "curves.png", lines)

@@ -15,6 +15,7 @@ from .results import PAIRS, ROWS, WEIGHTS
 
 
 WIDTH = 120
+_MARGIN = "margin over (i)"
 _STYLES = {
     "set": {"color": "#0072b2", "linewidth": 2.2},
     "initial": {"color": "#e69f00", "linewidth": 1.4},
@@ -53,10 +54,6 @@ def table(results: dict[str, Any]) -> str:
                 continue
             start = f"{line.title:<{width}}{line.n:>5}{line.live:>13}{line.ema:>13}{line.images:>10}{line.bytes:>10}"
             parts.append(_filled(f"{start}  {line.note}", len(start) + 2))
-        margin = own["margin"]
-        if margin:
-            live, ema = (_signed(margin[weights], margin["std"][weights]) for weights in WEIGHTS)
-            parts.append(f"{'margin over (i)':<{width}}{margin['n']:>5}{live:>13}{ema:>13}")
         parts += [_filled(text) for text in _beside(own)]
     return "\n".join(line.rstrip() for line in parts) + "\n"
 
@@ -64,15 +61,13 @@ def table(results: dict[str, Any]) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The same for a card: a table of all students, and what holds for all of its rows."""
     parts = ["| student | trained on | n | live | EMA | images | bytes | |", "|---|---|--:|--:|--:|--:|--:|---|"]
-    for student, own in results["students"].items():
+    for student in results["students"]:
         rows = []
         for line in _lines(results, student):
             note = f"not available: {line.missing}" if line.missing else line.note
-            rows.append([line.title, line.n, line.live, line.ema, line.images, line.bytes, note])
-        margin = own["margin"]
-        if margin:
-            figures = (f"**{_signed(margin[weights], margin['std'][weights]).strip()}**" for weights in WEIGHTS)
-            rows.append(["**margin over (i)**", str(margin["n"]), *figures, "", "", ""])
+            bold = "**" if line.title == _MARGIN else ""
+            title, live, ema = (f"{bold}{text.strip()}{bold}" for text in (line.title, line.live, line.ema))
+            rows.append([title, line.n, live, ema, line.images, line.bytes, note])
         for number, row in enumerate(rows):
             cells = ["" if number else f"**{student}**", *row]
             parts.append(f"| {' | '.join(cell.strip().replace('|', '/') for cell in cells)} |")
@@ -88,15 +83,15 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
     revision = f" at {made['revision']}" if made["revision"] else ""
     commit = f" at {test['commit'][:12]}" if test["commit"] else ""
     parts = {"images": "images", "labels": "soft labels", "views": "view parameters", "observers": "observers"}
-    choices = "" if about["split"] == "test" else " (kept from the training images, for choices)"
+    split = test["split"] if about["split"] == "test" else "holdout (kept from the training images, for choices)"
+    split += "" if test["own"] else " (not the test images of the set's own recipe)"
     return {
         "set": f"{made['id']}{revision}: {made['name']}, {made['ipc']} images a class, method {made['method']}, "
         f"{'seed' if len(made['seeds']) == 1 else 'seeds'} {', '.join(map(str, made['seeds']))}",
         "protocol": about["protocol"],
         "accuracy": "top-1 in % of the last epoch, mean ± sample std over n students; live weights and their average "
         "(EMA) side by side; nothing is selected on the test split, but of a control's two variants the better counts",
-        "measured on": f"{test['id']}{commit}, split {about['split']}{choices}, {test['images']:,} images, "
-        f"{test['transform']}",
+        "measured on": f"{test['id']}{commit}, split {split}, {test['images']:,} images, {test['transform']}",
         "bytes of the set": ", ".join(f"{text} {amount(size[name])}" for name, text in parts.items() if size[name]),
         "hardware": f"{hardware['device']}, {_count(hardware['processes'], 'process', 'es')} of "
         f"{_count(hardware['threads'], 'thread')}, {_count(hardware['cores'], 'core')}",
@@ -120,6 +115,8 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         images = f"{about_row['images']:,}"
         size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
         yield Line(title, str(found["n"]), live, ema, images, size, "; ".join(notes))
+    if margin := own["margin"]:
+        yield Line(_MARGIN, str(margin["n"]), *(_percent(margin[it], margin["std"][it], "+") for it in WEIGHTS))
 
 
 def _notes(each: list[dict[str, Any]]) -> list[str]:
@@ -155,12 +152,8 @@ def _percent(mean: float, std: float | None, sign: str = "") -> str:
     return f"{100 * mean:{sign}.1f}" + (" " * 6 if std is None else f" ± {100 * std:.1f}")
 
 
-def _signed(mean: float, std: float | None) -> str:
-    return _percent(mean, std, "+")
-
-
-def _count(number: int, what: str, ending: str = "s") -> str:
-    return f"{number} {what}{ending if number > 1 else ''}"
+def _count(number: int | str, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else ending}"
 
 
 def _filled(text: str, indent: int = 2) -> str:
@@ -172,19 +165,17 @@ def _filled(text: str, indent: int = 2) -> str:
     return ("\n" + " " * indent).join([start + lines[0], *lines[1:]])
 
 
-def curves(path: Path, lines: dict[str, list[Tensor]]) -> None:
+def curves(path: Path, panels: dict[str, dict[str, list[Tensor]]]) -> None:
     """Writes a PNG of learning curves: a row of panels for each student, a line for each row of ROWS.
 
-    Args: lines: by `student/row`, for each seed the training loss of each epoch, float (epochs,), and, where accuracy
-    was measured on the way, float (points, 3): epoch, accuracy live, accuracy EMA in [0, 1]. Seeds are averaged.
+    Args: panels: by student and row, for each seed the training loss of each epoch, float (epochs,), and, where
+    accuracy was measured on the way, float (points, 3): epoch, accuracy live, accuracy EMA in [0, 1]. Seeds are
+    averaged.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    panels: dict[str, dict[str, list[Tensor]]] = {}
-    for name, tensors in sorted(lines.items()):
-        student, row = name.rsplit("/", 1)
-        panels.setdefault(student, {})[row] = tensors
+    panels = dict(sorted(panels.items()))
     shown = [row for row in ROWS if any(row in rows for rows in panels.values())]
     measured = any(len(x) for rows in panels.values() for tensors in rows.values() for x in tensors if x.ndim == 2)
     figure = Figure(figsize=(11 if measured else 7.5, 0.9 + 3.2 * len(panels)), dpi=120, layout="constrained")

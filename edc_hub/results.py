@@ -82,10 +82,7 @@ def _published(about: dict[str, Any], student: str) -> list[dict[str, Any]]:
 def write(results: dict[str, Any], folder: Path) -> None:
     """Writes `results.json` in `folder`; what `showcase` measured there stays."""
     place = folder / "results.json"
-    try:
-        old = json.loads(place.read_text("utf-8"))
-    except (OSError, ValueError):  # none, or a damaged one
-        old = {}
+    old = disk.json_of(place)
     results = {**{key: old[key] for key in ("prefixes",) if key in old}, **results}
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     disk.write_atomically(place, lambda path: path.write_text(text, "utf-8"))

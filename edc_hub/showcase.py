@@ -15,7 +15,8 @@ from typing import Any
 
 from pydantic import Field
 
-from . import arguments, card, documents, launch, recipes, snippets
+from . import arguments, card, disk, documents, launch, recipes, snippets
+from .recipe import Recipe
 from .section import Positive, Section
 
 
@@ -33,20 +34,21 @@ def command(argv: list[str]) -> None:
     run, options = arguments.of_run(argv, "showcase", Options)
     if not launch.is_first():  # under a launcher
         return
-    recipes.of_run(run)  # raises where there is none; a lock would make the folder
+    recipe = recipes.of_run(
+        run
+    )  # with its path of a local source; raises where there is none, as a lock makes the folder
     with launch.lock(run):
-        publish(run / "dataset", measure(run, options.seeds))
+        publish(run / "dataset", measure(run, recipe, options.seeds))
 
 
 main = launch.entry(command)
 
 
-def measure(run: Path, seeds: int) -> list[dict[str, Any]]:
+def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     """For each k of `prefixes` the accuracies, a student each, of the example on the first k images of each class."""
     from . import source
 
     manifest = json.loads((run / "dataset/manifest.json").read_text(encoding="utf-8"))
-    recipe = recipes.of_run(run)  # with its path of a local source
     code = snippets.example(manifest, recipe.evaluation, "dataset")
     test = source.load(recipe.source, "test")
     images, labels = test.images(test.rows()), test.labels[test.rows()]
@@ -88,16 +90,16 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes `prefixes` into results.json and what a card says of them into README.md."""
-    from . import disk, results
+    from . import results
 
-    place, readme = folder / "results.json", folder / "README.md"
+    readme = folder / "README.md"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
     sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
     rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
     table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
     with disk.turn(folder.parent):
-        old = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        old = disk.json_of(folder / "results.json")
         results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
         text = readme.read_text(encoding="utf-8")
         text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")

@@ -1,4 +1,4 @@
-"""The code that a card shows, as text: a student in ten lines, the replay of stored views, a stream of them."""
+"""The code that a card shows and `showcase` measures, as text: a student in ten lines."""
 
 import hashlib
 from typing import Any
@@ -45,19 +45,6 @@ _DECODE = """\
         batch = {{key: column.repeat_interleave({tiles}, 0) for key, column in batch.items() if key != "image"}}
         batch["image"] = torch.nn.functional.interpolate(tiles.flatten(0, 2), {size}, mode="bilinear").round()
 """
-_REPLAY = """\
-from edc_hub import CondensedSet
-
-condensed = CondensedSet.load("{repo}")
-views, logits = condensed.views(epoch=0)  # the columns above, and float32 logits
-x = condensed.replay(epoch=0)  # the pixels the observers saw, float32 in [0, 1]"""
-_STREAM = """\
-from datasets import load_dataset
-
-rows = load_dataset("{repo}", "soft_labels", split="train", streaming=True).with_format("torch")
-for batch in rows.batch({batch}):
-    print(batch["image_id"], batch["crop"], batch["flip"])
-    break"""
 
 
 def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
@@ -88,13 +75,3 @@ def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
 def digest(manifest: dict[str, Any], evaluation: Evaluation) -> str:
     """sha256 of the example, whatever the set is called: what its accuracy is of."""
     return hashlib.sha256(example(manifest, evaluation, "dataset").encode()).hexdigest()
-
-
-def replay(repo: str) -> str:
-    """The pixels and labels of a label epoch, by edc_hub."""
-    return _REPLAY.format(repo=repo)
-
-
-def stream(manifest: dict[str, Any], repo: str) -> str:
-    """The first batch of labelled views, read without a download of the rest."""
-    return _STREAM.format(repo=repo, batch=manifest["soft_labels"]["batch"])

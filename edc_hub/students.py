@@ -1,7 +1,6 @@
 """Students: the training loop, its losses, schedules and weight average. The last epoch counts, nothing is chosen."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -54,12 +53,7 @@ def ce(section: Evaluation, logits: Tensor, batch: Batch) -> Tensor:
     return (batch.share * first + (1 - batch.share) * second).mean()
 
 
-LOSSES: dict[str, Callable[[Evaluation, Tensor, Batch], Tensor]] = {
-    "mse_ce": mse_ce,
-    "kl": kl,
-    "cosine": cosine,
-    "ce": ce,
-}
+LOSSES = {loss.__name__: loss for loss in (mse_ce, kl, cosine, ce)}
 
 
 def loss_of(section: Evaluation, logits: Tensor, batch: Batch) -> Tensor:

@@ -2,13 +2,12 @@
 
 import csv
 import io
-import json
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import published
+from . import disk, published
 from .cells import Cell, Parsed
 from .protocol import named_students
 from .published import Reported
@@ -56,10 +55,7 @@ def lines(parsed: Parsed, failed: dict[str, Exception]) -> list[Line]:
 
 
 def _results(cell: Cell) -> dict[str, Any] | None:
-    try:
-        return json.loads((cell.folder / "results.json").read_text("utf-8"))
-    except (OSError, ValueError):  # not there yet, or damaged: evaluated again
-        return None
+    return disk.json_of(cell.folder / "results.json") or None  # not there yet, or damaged: evaluated again
 
 
 # Tables

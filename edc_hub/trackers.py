@@ -2,16 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from accelerate import tracking
 
 from . import disk
+from .comparison import Comparison
 from .errors import InputError, first_line
-
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
-    from .results import Outcome
-    from .trials import Done
+from .results import Outcome
+from .trials import Done
 
 
 def check(names: list[str]) -> None:
@@ -21,13 +19,11 @@ def check(names: list[str]) -> None:
             raise InputError(f"report_to: {name} is not installed; pip install {name}, or remove it")
 
 
-def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[Outcome]") -> None:
+def log(asked: Comparison, folder: Path, done: list[Done], outcomes: list[Outcome]) -> None:
     """Sends every student's loss and learning rate by epoch and its accuracies at the end; on the main process.
 
     Raises InputError where a tracker fails.
     """
-    from accelerate import tracking
-
     config = {f"evaluation.{key}": str(value) for key, value in asked.evaluation.model_dump().items()}
     for kind in asked.report_to:
         tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
@@ -47,12 +43,12 @@ def log(asked: "Comparison", folder: Path, done: "list[Done]", outcomes: "list[O
             ) from error
 
 
-def _project(asked: "Comparison") -> str:
+def _project(asked: Comparison) -> str:
     place = disk.local(asked.dataset[0], "dataset").absolute()
     return place.parent.name if place.name == "dataset" else place.name
 
 
-def _by_epoch(done: "list[Done]", outcomes: "list[Outcome]") -> dict[int, dict[str, float]]:
+def _by_epoch(done: list[Done], outcomes: list[Outcome]) -> dict[int, dict[str, float]]:
     """All students' values of each epoch: wandb takes no step that is before the last one."""
     found: dict[int, dict[str, float]] = {}
     for (trial, tensors, _), reached in zip(done, outcomes, strict=True):

@@ -4,17 +4,18 @@ A trial is one student on one row of the table with one seed, and one unit of wo
 again by the next comparison that has it, taken up where it was killed.
 """
 
-import time
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 from torch import Tensor
 
-from . import controls, feed, judged, launch, networks, recipes, source, students, teachers, views, work
+from . import controls, encoding, feed, judged, launch, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
@@ -22,10 +23,12 @@ from .feed import Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation, named_students, of_student
 from .realset import RealSet
-from .recipe import Source
 from .section import ViewSettings
 from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
+
+
+FEW = 256  # real images whose files tell how large the others are
 
 
 class Trial(NamedTuple):
@@ -47,6 +50,18 @@ class Done(NamedTuple):
     facts: dict
 
 
+def machine(session: Session) -> dict[str, dict[str, Any]]:
+    """The hardware, but for the device, and the versions that a student is trained with here."""
+    return {
+        "hardware": {
+            "processes": session.state.num_processes,
+            "threads": torch.get_num_threads(),
+            "cores": os.cpu_count(),
+        },
+        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "datasets")},
+    }
+
+
 @dataclass
 class Bench:
     """What the trials of one comparison share."""
@@ -62,30 +77,26 @@ class Bench:
         self.students = named_students(section)
         self.sections = {name: of_student(section, name, given.arch) for name, given in self.students.items()}
         self.size: int = self.sets[0].manifest["images"]["size"]
-        self.teachers = teachers.Teachers(self.sets[0], section, self._source(self.size), self.session)
+        self.source = self.comparison.source.model_copy(update={"size": self.size})
+        self.teachers = teachers.Teachers(self.sets[0], section, self.source, self.session)
         self.unavailable: dict[str, str] = {}
         self._real_rows: dict[tuple[int, int], tuple[Tensor, int]] = {}
-
-    def _source(self, size: int) -> Source:
-        return self.comparison.source.model_copy(update={"size": size})
-
-    @property
-    def device(self) -> str:
-        """What trains here, by name."""
-        return launch.device_name(self.session)
 
     @cached_property
     def real(self) -> RealSet:
         """The training split without the hold-out."""
-        return source.load(self._source(self.size))
+        return source.load(self.source)
 
     @cached_property
     def judged_on(self) -> RealSet:
         """The split that accuracy is measured on. Raises InputError where its classes are not the set's, or where it
         is kept from other training images than the set's."""
-        split = judged.open_split(self.comparison, self._source, self.size, self.sets[0].names)
-        if self.comparison.split == "holdout":
-            judged.refuse_other_images(self.comparison.source, split, self.sets[0])
+        split = judged.open_split(self.comparison, self.size, self.sets[0].names)
+        if self.comparison.split == "holdout" and self.other_images:  # a row's lot hangs on its number
+            raise InputError(
+                f"split: holdout, but {self.other_images} and may have seen some of these; give source.path and "
+                "source.revision of its own, or write --split test"
+            )
         return split
 
     @cached_property
@@ -105,47 +116,59 @@ class Bench:
         with naming(f"evaluation.students: {name}"):
             return networks.described(given, len(self.sets[0].names), seed=seed, **face)
 
+    @cached_property
+    def other_images(self) -> str | None:
+        """What is wrong where the real set here is not the one that the set was condensed from; else None."""
+        return controls.other_images(self.sets[0], lambda: self.real, self.source)
+
+    @cached_property
+    def of_own_images(self) -> bool:
+        """Whether accuracy is measured on the images that the set's own recipe names, made square as there."""
+        asked, own = self.comparison.source, recipes.resolve(self.sets[0].recipe).source
+        if any(getattr(asked, key) != getattr(own, key) for key in ("name", "test_split", "resize", "classes")):
+            return False
+        return asked.path == own.path or self.other_images is None  # a set on its own has a folder's name alone
+
     def trials(self) -> list[Trial]:
         """Every trial of the comparison. Rows that cannot be had are noted in `unavailable`."""
-        wanted, seeds = self.comparison.controls, self.comparison.seeds
-        found, real = [], True
-        if "real" in wanted or self.comparison.upper_bound:
-            other = controls.other_images(self.sets[0], lambda: self.real, self._source(self.size))
-            real = other is None
-            rows = dict.fromkeys(("real_mixed", "real_unmixed", "upper_bound"), other)
-            self.unavailable |= {} if real else {row: reason for row, reason in rows.items() if self._asked(row)}
+        asked, seeds = self.comparison, self.comparison.seeds
+        real = self._real_asked
+        if real and self.other_images:
+            self.unavailable |= dict.fromkeys(sorted(real), self.other_images)
+            real = []
+        made = [{kind: self._controls(each, kind) for kind in ("initial", "random")} for each in self.sets]
+        found = []
         for name, section in self.sections.items():
             for number, condensed in enumerate(self.sets):
-                rows = [("set", condensed)]
-                if "initial" in wanted:
-                    rows += [("initial", control) for control in self._controls(condensed, "initial")]
-                kinds = ["hard"] if "hard" in wanted else []
-                if "real" in wanted and real and number == 0:  # drawn by the student's seed: the same for every set
-                    kinds.append("real")
-                if section.labels == "hard" and "hard" in kinds:
-                    kinds.remove("hard")
-                    self.unavailable |= dict.fromkeys(("hard_mixed", "hard_unmixed"), "the set's own labels are hard")
+                rows = [("set", condensed), *(("initial", control) for control in made[number]["initial"])]
+                hard = ["hard_unmixed", "hard_mixed"] if "hard" in asked.controls else []
+                if hard and section.labels == "hard":
+                    self.unavailable |= dict.fromkeys(sorted(hard), "the set's own labels are hard")
+                    hard = []
+                # real images are drawn by the student's seed: the same for every set
+                others = [*hard, *(real if number == 0 else [])]
                 view = self._view(condensed, section)
-                for kind in kinds:
-                    rows.append((f"{kind}_unmixed", condensed))
-                    if view and view.mix != "none":
-                        rows.append((f"{kind}_mixed", condensed))
-                    else:
-                        self.unavailable[f"{kind}_mixed"] = "the protocol mixes no views"
-                if self.comparison.upper_bound and real and number == 0:
-                    rows.append(("upper_bound", condensed))
+                if not view or view.mix == "none":
+                    mixed = [row for row in others if row.endswith("_mixed")]
+                    self.unavailable |= dict.fromkeys(mixed, "the protocol mixes no views")
+                    others = [row for row in others if row not in mixed]
+                rows += [(row, condensed) for row in others]
                 found += [Trial(row, name, number, 0, seed, images) for row, images in rows for seed in seeds]
-                if "random" in wanted:  # a draw is a seed in itself
-                    for draw, control in enumerate(self._controls(condensed, "random")):
-                        found.append(Trial("random", name, number, draw, seeds[draw % len(seeds)], control))
+                for draw, control in enumerate(made[number]["random"]):  # a draw is a seed in itself
+                    found.append(Trial("random", name, number, draw, seeds[draw % len(seeds)], control))
         return found
 
-    def _asked(self, row: str) -> bool:
-        return self.comparison.upper_bound if row == "upper_bound" else "real" in self.comparison.controls
+    @property
+    def _real_asked(self) -> list[str]:
+        """The rows of real images that are asked for."""
+        rows = ["real_unmixed", "real_mixed"] if "real" in self.comparison.controls else []
+        return [*rows, "upper_bound"] if self.comparison.upper_bound else rows
 
     def _controls(self, condensed: CondensedSet, kind: str) -> list[CondensedSet]:
-        section, folder = self._source(self.size), self.folder / "controls" / condensed.manifest["fingerprint"]
-        found, reason = controls.find(condensed, kind, lambda: self.real, section, self.session, folder)
+        if kind not in self.comparison.controls:
+            return []
+        folder = self.folder / "controls" / condensed.manifest["fingerprint"]
+        found, reason = controls.find(condensed, kind, lambda: self.real, self.source, self.session, folder)
         if not found:
             self.unavailable[kind] = reason
         return found
@@ -167,22 +190,32 @@ class Bench:
                 )
             if section.labels == "online":
                 _ = self.teachers.fingerprints
+        _ = self.of_own_images  # which may read the training split
+        real = self._real_asked
+        if real and not self.other_images and (refused := self._beyond_memory(len(self.real.rows()))):
+            if "upper_bound" in real:
+                raise InputError(f"upper_bound: the real set {refused}; leave it out, or use a machine with more")
+            if refused := self._beyond_memory(self._about_equal_bytes()):
+                what = "as much of the real set as fits in the set's bytes"
+                raise InputError(f"controls: {what} {refused}; leave out real, or use a machine with more")
 
-        if self.comparison.upper_bound:
-            self._check_memory()
-
-    def _check_memory(self) -> None:
-        """Raises InputError where the whole real set, once in each process that trains on it, does not fit."""
-        size, device = len(self.real.rows()) * 3 * self.size**2, self.session.device
-        students = len(self.sections) * len(self.comparison.seeds)
+    def _beyond_memory(self, count: int) -> str | None:
+        """What so many real images take, once in each process that trains on them, where they do not fit."""
+        size, device = count * 3 * self.size**2, self.session.device
+        students = len(self.sections) * len(self.comparison.seeds) * len(self._real_asked)
         needed, free = size * min(launch.local_processes(), students), psutil.virtual_memory().available
         if device.type == "cuda" and (on_device := torch.cuda.mem_get_info(device)[0]) < size:
             needed, free = size, on_device
-        if needed > free:
-            raise InputError(
-                f"upper_bound: the real set takes {needed / 1e9:.1f} GB of memory at {self.size} px and "
-                f"{free / 1e9:.1f} GB are free; leave it out, or use a machine with more"
-            )
+        if needed <= free:
+            return None
+        return f"takes {needed / 1e9:.1f} GB of memory at {self.size} px and {free / 1e9:.1f} GB are free"
+
+    def _about_equal_bytes(self) -> int:
+        """About how many real images fit in the set's bytes, by the files of the first ones."""
+        rows = self.real.rows()
+        some = encoding.encode(self.real.images(rows[:FEW]), recipes.resolve(self.sets[0].recipe).images)
+        budget = max(sum(self.bytes(self.sets[0], each.labels).values()) for each in self.sections.values())
+        return min(len(rows), budget * len(some) // sum(map(len, some)))
 
     def unit(self, trial: Trial) -> Unit:
         section, whole = self._section(trial), trial.row == "upper_bound"
@@ -244,7 +277,7 @@ class Bench:
         return section
 
     def _train(self, trial: Trial, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        section, start = self._section(trial), time.perf_counter()
+        section = self._section(trial)
         seed = students.first_weights(trial.student, trial.seed)
         network, lessons = self.network(trial.student, seed), self._feed(trial, section, seed)
         trained = students.train(
@@ -262,8 +295,9 @@ class Bench:
             "steps": section.epochs * lessons.steps,
             "images": lessons.count,
             "bytes": self._read_bytes(trial, section),
-            "device": self.device,
-            "seconds": round(time.perf_counter() - start, 1),
+            "device": launch.device_name(self.session),
+            **machine(self.session),
+            "seconds": round(progress.elapsed, 1),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
         }
         return trained._asdict(), facts

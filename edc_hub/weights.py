@@ -49,7 +49,7 @@ def find(arch: str, weights: str) -> Weights:
     if path.is_dir():
         return _folder(arch, path)
     if path.is_file():
-        return Weights(sha256(path), path.name, lambda: _read(path))
+        return Weights(disk.sha256(path), path.name, lambda: _read(path))
     repo, name, revision = _on_hub(weights)
     if repo is None:
         raise InputError(f"weights: no file {weights}; give a Hub id (org/name), a .safetensors or a .pth file")
@@ -119,7 +119,7 @@ def _torchvision(arch: str, weights: str) -> Weights:
 
 def _folder(arch: str, folder: Path) -> Weights:
     parts = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json") and p.is_file())
-    identity = hashlib.sha256("".join(f"{p.name}:{sha256(p)}\n" for p in parts).encode()).hexdigest()
+    identity = hashlib.sha256("".join(f"{p.name}:{disk.sha256(p)}\n" for p in parts).encode()).hexdigest()
     if (folder / OURS).is_file() and (folder / FILES[0]).is_file():
         return Weights(identity, folder.name, lambda: _read(folder / FILES[0]))
     if arch.startswith("transformers/"):
@@ -241,12 +241,6 @@ def _unwrap(state: Any, own: dict[str, Tensor], source: str) -> dict[str, Tensor
             break
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest(state: dict[str, Tensor]) -> str:

@@ -131,17 +131,28 @@ class Progress:
     """
 
     def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds, self.last = path, seconds, time.monotonic()
+        self.path, self.seconds, self.start = path, seconds, time.monotonic()
+        self.last = self.start
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the unit took, with those of a killed run up to its last save."""
+        return time.monotonic() - self.start
 
     def load(self) -> dict[str, Tensor] | None:
-        return _tensors(self.path) if self.path.exists() else None
+        if not self.path.exists():
+            return None
+        with _open(self.path) as file:
+            self.start -= float((file.metadata() or {}).get("seconds", 0))
+        return _tensors(self.path)
 
     def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Saves `state()` if a save is due."""
         if time.monotonic() - self.last < self.seconds:
             return
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
-        write_atomically(self.path, lambda path: save_file(tensors, path))
+        spent = {"seconds": str(self.elapsed)}
+        write_atomically(self.path, lambda path: save_file(tensors, path, metadata=spent))
         self.last = time.monotonic()
 
 

@@ -306,6 +306,13 @@ def test_measures_of_an_earlier_call_stay(diagnosed, toy_run, tmp_path, capsys):
     assert {name: after[name] for name in diagnose.MEASURES} == {name: before[name] for name in diagnose.MEASURES}
 
 
+@pytest.mark.parametrize("damaged", ['{"about": ', "[]"])
+def test_a_damaged_diagnosis_does_not_lose_what_was_measured(tmp_path, damaged):
+    (tmp_path / "diagnosis.json").write_text(damaged)
+    found = diagnose._merged(tmp_path / "diagnosis.json", {"set": 1}, {"views": {"n": 2}}, {"views": 3.0}, {})
+    assert found["views"] == {"n": 2} and found["seconds"] == {"views": 3.0}
+
+
 # What is refused
 
 

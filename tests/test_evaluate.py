@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, disk, evaluate, feed, judged, launch, teachers, trials, work
+from edc_hub import comparison, controls, disk, evaluate, feed, judged, launch, record, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
+from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
 
@@ -68,6 +69,15 @@ def refused(capsys, *argv):
 def bench(folder, session, *more):
     parsed = comparison.parse(["--dataset", str(folder), *more])
     return trials.Bench(parsed.comparison, parsed.sets, session, session.store.root.parent)
+
+
+def told(folder, session, *more, facts=({},)):
+    """What results say beside their figures, of students of these facts that nobody trained."""
+    parsed = comparison.parse(["--dataset", str(folder), *more])
+    made = bench(folder, session, *more)
+    trial = trials.Trial("set", "any", 0, 0, 0, made.sets[0])
+    done = [trials.Done(trial, {}, {"device": "CPU", "images": 6, "bytes": 1, **own}) for own in facts]
+    return record.about(parsed, made, done, session)
 
 
 def same(results):
@@ -447,6 +457,8 @@ def test_the_printed_recipe_goes_to_stdout_and_the_row_s_name_to_stderr(toy_run,
         (["--evaluation.test_resize", "6"], "evaluation.test_resize: 6 is less than the images' 8 px; raise it"),
         (["--source.test_split", "tests"], "source.test_split: no split 'tests' in toy; there are: train, test"),
         (["--source.path", "nobody/nothing"], "source.path: cannot reach 'nobody/nothing' on the Hub"),
+        (["--source.size", "12"], "source.size: students see the set's images, which decide it; remove it"),
+        (["--source.std", "1,1,1"], "source.std: students see the set's images, which decide it; remove it"),
         (["--source.path", "./nowhere"], "source.path: no folder ./nowhere"),
         (["--device", "cuda"], "device: cuda is asked for"),
     ],
@@ -469,7 +481,10 @@ def test_classes_that_are_not_those_of_the_set_are_one_line(toy_run, tmp_path, c
 def test_bytes_of_one_real_image_a_class_are_of_all_classes():
     pixels = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     real = SimpleNamespace(
-        names=list(range(300)), rows=lambda label: torch.tensor([label]), images=lambda rows: pixels[rows]
+        names=list(range(300)),
+        rows=lambda label: torch.tensor([label]),
+        images=lambda rows: pixels[rows],
+        keep=lambda rows: None,
     )
     rows, told = feed.equal_bytes(real, 1000, Images(), 0)
     assert sorted(rows.tolist()) == list(range(300)) and told == sum(map(len, encode(pixels, Images())))
@@ -479,6 +494,15 @@ def test_a_real_set_beyond_the_memory_is_one_line(toy_run, tmp_path, capsys, mon
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     line = refused(capsys, "--dataset", toy_run, *FEW, "--upper_bound", "--output_dir", tmp_path / "out")
     assert "upper_bound: the real set takes 0.0 GB of memory at 8 px and 0.0 GB are free; leave it out" in line
+
+
+def test_real_images_of_equal_bytes_beyond_the_memory_are_one_line(toy_run, tmp_path, session, capsys, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    argv = ["--dataset", toy_run, "--seeds", "0", "--controls", "real"]
+    line = refused(capsys, *argv, "--output_dir", tmp_path / "out")
+    assert line.startswith("controls: as much of the real set as fits in the set's bytes takes 0.0 GB of memory")
+    monkeypatch.setattr(trials.Bench, "bytes", lambda *_: {"images": 500})  # of which a few images fit
+    bench(*argv[1:2], session, *argv[2:]).check()
 
 
 def test_a_newer_format_and_a_set_without_soft_labels_are_one_line(lonely, toy_run, tmp_path, capsys):
@@ -577,7 +601,7 @@ def test_a_holdout_of_other_training_images_than_the_set_s_is_refused(toy_run, t
     assert evaluate.main([*map(str, argv), str(toy_run.parent.parent / "toy"), *MACHINE]) == 0
     write_parquet(tmp_path / "toy", {"train": [0, 1, 2] * 12, "test": [0, 1, 2]}, names=NAMES)  # of the same labels
     line = refused(capsys, *argv, tmp_path / "toy")
-    assert line.startswith("split: holdout, but the set was condensed from other training images")
+    assert line.startswith("split: holdout, but toy has other images here than the set was condensed from and may")
 
 
 def test_results_of_the_set_s_own_protocol_take_the_place_of_a_trial_s(toy_run, tmp_path):
@@ -589,3 +613,67 @@ def test_results_of_the_set_s_own_protocol_take_the_place_of_a_trial_s(toy_run, 
         run(runs / "first", *FEW, *more)
         assert f"epochs {epochs}," in json.loads(place.read_text())["about"]["protocol"]
     assert "epochs 2," in (runs / "first/dataset/README.md").read_text()
+
+
+def test_figures_on_other_images_than_the_set_s_test_split_are_named_and_are_no_results_of_it(
+    toy_run, tmp_path, capsys
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation", "results.json"))
+    card = (runs / "first/dataset/README.md").read_text()
+    found = run(runs / "first", *FEW, "--source.test_split", "train")["about"]
+    out, err = capsys.readouterr()
+    assert "toy, split train (not the test images of the set's own recipe), 36 images" in out and "gets no res" in err
+    assert (found["split"], found["test"]["split"], found["own_protocol"]) == ("test", "train", False)
+    assert (
+        not (runs / "first/dataset/results.json").exists() and (runs / "first/dataset/README.md").read_text() == card
+    )
+    moved = run(runs / "first", *FEW, source=write_source(tmp_path / "elsewhere/toy"))["about"]
+    assert (
+        moved["own_protocol"] and (runs / "first/dataset/results.json").is_file()
+    )  # the same images in another folder
+
+
+def test_other_images_without_a_training_split_are_refused_before_a_student_is_trained(toy_run, session, tmp_path):
+    write_parquet(tmp_path / "other", {"test": [0, 1, 2]}, names=NAMES)
+    made = bench(toy_run, session, *FEW, "--source.path", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="^source.train_split: no split 'train' in other"):
+        made.check()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "shorter side 8, centre crop 8"),
+        (["--evaluation.test_resize", "12"], "shorter side 12, centre crop 8"),
+        (["--source.resize", "squash"], "squashed to 8x8"),
+        (["--source.resize", "squash", "--evaluation.test_resize", "12"], "squashed to 12x12, centre crop 8"),
+    ],
+)
+def test_the_transform_of_test_images_is_the_one_that_they_went_through(toy_run, session, more, said):
+    assert told(toy_run, session, *more)["test"]["transform"] == said
+
+
+def test_papers_figures_stand_beside_students_and_images_that_are_theirs(toy_run, session):
+    students = [{"name": "r", "arch": "resnet18", "stem": "standard"}, {"name": "plain", "arch": "resnet18"}]
+    more = ["--evaluation.students", json.dumps(students)]
+    assert told(toy_run, session, *more)["published_as"] == {"plain": "resnet18"}
+    assert told(toy_run, session, *more, "--source.test_split", "train")["published_as"] == {}
+
+
+def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run, session):
+    here = trials.machine(session)
+    other = {"hardware": {**here["hardware"], "threads": 99}, "versions": {**here["versions"], "torch": "1.0"}}
+    about = told(toy_run, session, facts=[other])
+    assert about["hardware"]["threads"] == 99 and about["versions"]["torch"] == "1.0"
+    mixed = told(toy_run, session, facts=[here, {**other, "device": "TPU"}])
+    assert mixed["hardware"]["threads"] == f"{here['hardware']['threads']}, 99"
+    assert mixed["hardware"]["device"] == "CPU, TPU" and mixed["versions"]["timm"] == here["versions"]["timm"]
+
+
+def test_controls_are_looked_up_once_for_all_students(toy_run, session, monkeypatch):
+    asked, find = [], controls.find
+    monkeypatch.setattr(controls, "find", lambda *given: asked.append(given[1]) or find(*given))
+    made = bench(toy_run, session, "--evaluation.students", json.dumps([STUDENT, {**STUDENT, "name": "other"}]))
+    found = {trial.student: trial.images for trial in made.trials() if trial.row == "initial"}
+    assert asked == ["initial", "random"] and found["narrow"] is found["other"]

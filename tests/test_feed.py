@@ -4,8 +4,9 @@ import pytest
 import torch
 from helpers_labels import noise, seeded, written
 
-from edc_hub import CondensedSet, feed, views, work
+from edc_hub import CondensedSet, feed, source, views, work
 from edc_hub.feed import Drawn, Stored
+from edc_hub.recipe import Images, Source
 from edc_hub.section import ViewSettings
 
 
@@ -112,8 +113,6 @@ def test_hard_labels_without_mixing_show_the_views_before_they_are_mixed(condens
         alone["mix_image_id"][:] = -1
         assert torch.equal(plain.x[i : i + 1], views.apply(condensed.images, alone, 16))
     assert torch.equal(plain.mixed, plain.label) and (plain.share == 1).all()
-    with pytest.raises(ValueError, match="give hard=True"):
-        Stored(condensed, 4, CPU, seed=0, mix=False)
 
 
 IMAGES, LABELS = noise(11, 16), torch.arange(11) % 3
@@ -188,3 +187,13 @@ def test_clean_views_are_crops_alone_of_all_images(condensed):
     plain = torch.cat(list(Drawn(IMAGES, LABELS, None, 7, CPU, seed=0, teach=None).clean(seeded())))
     assert torch.equal(plain.unique(dim=0), (IMAGES.float() / 255).unique(dim=0))
     assert next(Stored(condensed, 4, CPU, seed=0).clean(seeded())).shape == (4, 3, 16, 16)
+
+
+def test_a_stream_is_read_twice_for_real_images_of_equal_bytes_however_many_there_are(monkeypatch):
+    whole, stream = (source.load(Source(size=8, streaming=streaming)) for streaming in (False, True))
+    passes, read = [], stream.source.dataset.iter
+    monkeypatch.setattr(stream.source.dataset, "iter", lambda **options: passes.append(0) or read(**options))
+    rows, size = feed.equal_bytes(stream, 120_000, Images(), 0)
+    expected, theirs = feed.equal_bytes(whole, 120_000, Images(), 0)
+    assert torch.equal(rows, expected) and size == theirs and len(rows) > 600
+    assert torch.equal(stream.images(rows), whole.images(rows)) and len(passes) <= 2

@@ -1,6 +1,8 @@
 """Observers as model repositories: the same weights by timm, by transformers and by our recipes."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -54,7 +56,8 @@ def run(tmp_path_factory):
         entries.append(used)
     source = {"id": "org/toys", "name": None, "split": "train", "commit": "c" * 40, "fingerprint": "f" * 16}
     source |= {"license": "mit", "link": "https://huggingface.co/datasets/org/toys"}
-    manifest = {"name": "toy", "classes": CLASSES, "source": source, "observers": entries}
+    manifest = {"format_version": "1.0", "name": "toy", "control": None, "classes": CLASSES}
+    manifest |= {"source": source, "observers": entries}
     (run / "dataset/manifest.json").write_text(json.dumps(manifest), "utf-8")
     (run / "recipe.yaml").write_text(recipes.dump(recipe), "utf-8")
     (run / "dataset/recipe.yaml").write_text(recipes.published(recipe), "utf-8")
@@ -63,7 +66,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(run, tmp_path_factory):
-    written = observer_repo.write(run, tmp_path_factory.mktemp("repos"), "org/obs", dataset="org/toy")
+    written = observer_repo.write(run / "dataset", tmp_path_factory.mktemp("repos"), "org/obs", dataset="org/toy")
     assert list(written) == [f"org/obs-{net['name']}" for net in NETWORKS]
     return {name.removeprefix("org/obs-"): folder for name, folder in written.items()}
 
@@ -119,7 +122,7 @@ def test_the_cards_say_what_they_are(folders):
 
 
 def test_equal_runs_give_equal_files(run, folders, tmp_path):
-    again = observer_repo.write(run, tmp_path, "org/obs", dataset="org/toy")
+    again = observer_repo.write(run / "dataset", tmp_path, "org/obs", dataset="org/toy")
     for name, folder in folders.items():
         files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
         assert files == sorted(p.relative_to(tmp_path / name) for p in (tmp_path / name).rglob("*") if p.is_file())
@@ -127,14 +130,29 @@ def test_equal_runs_give_equal_files(run, folders, tmp_path):
 
 
 def test_what_is_missing_is_named(run, tmp_path):
-    with pytest.raises(InputError, match="condense first"):
+    with pytest.raises(InputError, match="no condensed set here, manifest.json is missing"):
         observer_repo.write(tmp_path, tmp_path / "out", "org/obs")
     alone = tmp_path / "alone" / "toy"
     (alone / "dataset").mkdir(parents=True)
     for file in ("recipe.yaml", "dataset/manifest.json", "dataset/recipe.yaml"):
         (alone / file).write_bytes((run / file).read_bytes())
     with pytest.raises(InputError, match="weights of observer 'own'"):
-        observer_repo.write(alone, tmp_path / "out", "org/obs")
+        observer_repo.write(alone / "dataset", tmp_path / "out", "org/obs")
+
+
+def test_observers_of_another_run_than_the_set_s_own_are_not_published_as_its_labellers(run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    manifest = json.loads((run / "dataset/manifest.json").read_text())
+    for entry in manifest["observers"]:
+        entry["sha256"] = "0" * 64
+    (other / "dataset/manifest.json").write_text(json.dumps(manifest))
+    for place in (shutil.copytree(run / "dataset", other / "copy"), shutil.copytree(run / "dataset", tmp_path / "x")):
+        with pytest.raises(InputError, match=f"^observers: {place} does not lie in the run whose observers made it"):
+            observer_repo.write(Path(place), tmp_path / "out", "org/obs")
+    twin = Path(shutil.copytree(run / "dataset", run / "twin"))  # beside the very run
+    assert list(observer_repo.write(twin, tmp_path / "out", "org/obs"))[0] == "org/obs-own"
+    shutil.rmtree(twin)
 
 
 def test_the_hub_gives_them_to_all_three(folders, tmp_path):

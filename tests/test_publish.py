@@ -496,6 +496,36 @@ def test_pictures_that_a_version_has_no_more_are_removed(hub, publish, dataset, 
     assert "assets/curves.png" in hub.files(name, "v1.0.0")
 
 
+def test_commits_before_the_newest_version_are_not_asked_for_one_by_one(hub, publish, dataset, others, name):
+    publish(dataset, name)
+    card = hub.files(name)["README.md"]
+    for number in range(20):
+        hub.commit(name, {"README.md": card + f"\n## Mine\n\n{number}\n".encode()})
+    publish(others, name)
+    hub.log.clear()
+    edit(others)
+    try:
+        assert publish(others, name).out.endswith("/tree/v1.1.1\n")
+    finally:
+        (others / "results.json").unlink()
+    assert len(asked(hub, "GET", "/tree/")) <= 4
+
+
+def test_a_model_without_a_snapshot_it_had_is_a_minor_version(tmp_path):
+    code = """
+    from edc_hub import hub
+    from edc_hub.versions import File, Version
+    paths = ["edc_hub.json", "model.safetensors", "snapshots/epoch-1.safetensors"]
+    files = {path: File.read(path, b"{}") for path in paths}
+    for kept in (paths, paths[:2]):
+        done = hub.publish(Version("org/nets", "model", paths[0], {path: files[path] for path in kept}))
+        print(done.tag)
+    """
+    with Hub() as server:
+        done = python(code, server.url, tmp_path / "home", server.token)
+    assert done.stdout.split() == ["v1.0.0", "v1.1.0"], done.stderr
+
+
 def test_a_streamed_set_reads_one_epoch_and_keeps_none(hub, publish, dataset, name, tmp_path):
     publish(dataset, name)
     code = """

@@ -47,7 +47,7 @@ def about(**other) -> dict:
         "protocol": "edc (epochs 200)",
         "evaluation": {"epochs": 200},
         "split": "test",
-        "test": {**test, "images": 10_000, "transform": "whole images of 32x32"},
+        "test": {**test, "images": 10_000, "transform": "shorter side 32", "split": "test", "own": True},
         "published_as": {name: name for name in ("resnet18", "convnet")},
         "bytes": {"images": 240_000, "labels": 1_000_000, "views": 120_000, "observers": 0},
         "rows": images,
@@ -189,7 +189,9 @@ def test_the_table_fits_a_terminal_and_its_columns_are_aligned():
     lines = [line for line in text.splitlines() if " ± " in line and "published" not in line and ":" not in line]
     assert len({line.index("±") for line in lines}) == 1 and len({line.rindex("±") for line in lines}) == 1
     assert "edc (epochs 200)" in text and "last epoch" in text and "nothing is selected on the test split" in text
-    assert "10,000 images, whole images of 32x32" in text and "soft labels 1 MB" in text and "observers" not in text
+    assert (
+        "split test, 10,000 images, shorter side 32" in text and "soft labels 1 MB" in text and "observers" not in text
+    )
 
 
 def test_the_table_shows_every_row_or_why_it_is_not_there():
@@ -239,9 +241,9 @@ def test_the_curves_are_a_picture_with_a_row_of_panels_a_student(tmp_path):
         return [level * torch.exp(-torch.arange(30) / (9 + seed)) for seed in range(2)]
 
     points = torch.tensor([[10.0, 0.2, 0.3], [30.0, 0.4, 0.45]])
-    lines = {"timm/resnet18/set": losses(4), "timm/resnet18/hard_mixed": losses(2), "convnet/set": losses(3)}
+    lines = {"timm/resnet18": {"set": losses(4), "hard_mixed": losses(2)}, "convnet": {"set": losses(3)}}
     report.curves(tmp_path / "one.png", lines)
-    lines["convnet/set"] += [points, points]
+    lines["convnet"]["set"] += [points, points]
     report.curves(tmp_path / "two.png", lines)
     one, two = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("one", "two"))
     assert two.shape[1] > one.shape[1] and one.min(axis=2).std() > 5

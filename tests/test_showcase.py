@@ -36,6 +36,14 @@ def test_figures_go_into_results_and_card_and_stay(dataset, tmp_path):
     assert "| 1 | 50.0 % |\n| 2 | 60.0 % |" in card.marked(text, "prefixes")
 
 
+def test_a_damaged_file_of_results_does_not_lose_what_was_measured(dataset, tmp_path):
+    folder = tmp_path / "dataset"
+    shutil.copytree(dataset, folder)
+    (folder / "results.json").write_text('{"about": ')
+    showcase.publish(folder, [{"images_per_class": 1, "accuracy": [0.5]}])
+    assert json.loads((folder / "results.json").read_text())["prefixes"][0]["accuracy"] == [0.5]
+
+
 def test_a_command_that_measures_the_same_set_waits_for_its_turn_to_write(dataset, tmp_path, monkeypatch):
     folder = tmp_path / "dataset"
     shutil.copytree(dataset, folder)
@@ -66,7 +74,7 @@ def test_what_is_measured_are_the_lines_of_the_card(dataset, tmp_path, monkeypat
         return 0.25
 
     monkeypatch.setattr(showcase, "_train", train)
-    found = showcase.measure(run, 2)
+    found = showcase.measure(run, recipes.of_run(run), 2)
     assert found == [{"images_per_class": k, "accuracy": [0.25, 0.25]} for k in (1, 2)]
     shown = (run / "dataset/README.md").read_text("utf-8")
     assert [seed for _, seed in ran] == [0, 1, 0, 1] and f"```python\n{ran[-1][0]}\n```" in shown

@@ -151,6 +151,19 @@ def test_progress_is_saved_only_when_it_is_due(tmp_path):
     assert progress.load() is None
 
 
+def test_a_resumed_unit_tells_the_time_of_the_killed_run_too(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(work.time, "monotonic", lambda: clock[0])
+    killed = Progress(tmp_path / "p", seconds=0)
+    clock[0] = 40.0
+    killed.save(lambda: {"x": torch.zeros(1)})
+    clock[0] = 1000.0
+    resumed = Progress(tmp_path / "p", seconds=0)
+    assert resumed.load() is not None
+    clock[0] = 1002.0
+    assert resumed.elapsed == 42.0
+
+
 def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_kept(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
