@@ -59,7 +59,8 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
     trackers.check(asked.report_to)
     found, done, outcomes = measure(parsed, folder, session)
     if session.state.is_main_process:
-        record.write(found, done, folder)
+        picture = record.curves(done)
+        record.write(found, picture, folder)
         print(report.table(found), flush=True)
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
@@ -68,7 +69,7 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         for place in places[1:]:
             with disk.turn(place.parent):
                 if record.replaces(found, place, session):  # still, after those who came first
-                    record.write(found, done, place)
+                    record.write(found, picture, place)
         session.report(f"\nresults.json and curves.png in {', '.join(map(str, places))}")
         trackers.log(asked, folder, done, outcomes)
     session.wait()

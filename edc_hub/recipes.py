@@ -7,6 +7,7 @@ that stand on them.
 """
 
 import difflib
+import functools
 import json
 import os
 from pathlib import Path
@@ -73,11 +74,12 @@ def usage(prog: str) -> str:
 # Files
 
 
-def shipped(folder: Path = ROOT) -> list[str]:
+@functools.cache
+def shipped(folder: Path = ROOT) -> tuple[str, ...]:
     """Names of the recipes that ship: digits, light/cifar10, …; or of those in a folder beside them."""
     names = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     own = (name for name in names if name.partition("/")[0] not in _OTHERS)
-    return sorted(own, key=lambda name: ("/" in name, name))
+    return tuple(sorted(own, key=lambda name: ("/" in name, name)))
 
 
 def listing(folder: Path = ROOT) -> str:
@@ -168,7 +170,7 @@ def refuse_strangers(overrides: dict[str, Any], section: Evaluation) -> None:
             raise InputError(f"evaluation.per_student.{name}: no student is called so; {hint}")
 
 
-def methods() -> list[str]:
+def methods() -> tuple[str, ...]:
     return shipped(ROOT / "methods")
 
 

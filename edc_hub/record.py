@@ -141,15 +141,21 @@ def replaces(found: dict[str, Any], folder: Path, session: Session) -> bool:
     return False
 
 
-def write(found: dict[str, Any], done: list[Done], folder: Path) -> None:
+def curves(done: list[Done]) -> bytes:
+    """The learning curves of all trials as a PNG."""
+    panels: dict[str, dict[str, list[Tensor]]] = {}
+    for each in done:
+        lines = panels.setdefault(each.trial.student, {}).setdefault(each.trial.row, [])
+        lines += [each.tensors["loss"], each.tensors["curve"]]
+    return report.curves(panels)
+
+
+def write(found: dict[str, Any], picture: bytes, folder: Path) -> None:
     """Writes results.json and the curves; into a dataset folder, the table into its card too."""
     results.write(found, folder)
-    lines: dict[str, dict[str, list[Tensor]]] = {}
-    for each in done:
-        curves = lines.setdefault(each.trial.student, {}).setdefault(each.trial.row, [])
-        curves += [each.tensors["loss"], each.tensors["curve"]]
     readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
-    report.curves((folder / "assets" if is_set else folder) / "curves.png", lines)
+    place = (folder / "assets" if is_set else folder) / "curves.png"
+    disk.write_atomically(place, lambda path: path.write_bytes(picture))
     if is_set and readme.is_file():
         text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
         disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))

@@ -1,15 +1,14 @@
 """Results shown: a table for terminals, a section for the card, learning curves."""
 
+import io
 import math
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import disk
 from .card import amount
 from .results import PAIRS, ROWS, WEIGHTS
 
@@ -165,8 +164,8 @@ def _filled(text: str, indent: int = 2) -> str:
     return ("\n" + " " * indent).join([start + lines[0], *lines[1:]])
 
 
-def curves(path: Path, panels: dict[str, dict[str, list[Tensor]]]) -> None:
-    """Writes a PNG of learning curves: a row of panels for each student, a line for each row of ROWS.
+def curves(panels: dict[str, dict[str, list[Tensor]]]) -> bytes:
+    """A PNG of learning curves: a row of panels for each student, a line for each row of ROWS.
 
     Args: panels: by student and row, for each seed the training loss of each epoch, float (epochs,), and, where
     accuracy was measured on the way, float (points, 3): epoch, accuracy live, accuracy EMA in [0, 1]. Seeds are
@@ -204,5 +203,6 @@ def curves(path: Path, panels: dict[str, dict[str, list[Tensor]]]) -> None:
     handles = [Line2D([], [], label=ROWS[row], **_STYLES[row]) for row in shown]
     columns = 4 if measured else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-    metadata = {"Software": None}  # a version, which is no part of the picture
-    disk.write_atomically(path, lambda part: figure.savefig(part, format="png", metadata=metadata))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})  # a version, which is no part of the picture
+    return picture.getvalue()

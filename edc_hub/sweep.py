@@ -126,7 +126,7 @@ def _evaluate(parsed: Parsed, cell: Cell, session: "Session") -> None:
     asked = comparison.resolve(given)
     found, done, _ = evaluate.measure(asked, cell.folder, _of(session, asked.comparison.precision))
     if session.state.is_main_process:
-        record.write(found, done, cell.folder)
+        record.write(found, record.curves(done), cell.folder)
     session.wait()
 
 
