@@ -1,5 +1,6 @@
 """The digits that ship with scikit-learn, as a `datasets.DatasetDict`: an image set that needs no network."""
 
+import functools
 import hashlib
 
 import datasets
@@ -7,6 +8,7 @@ import numpy as np
 import PIL.Image
 
 
+@functools.cache  # a command opens each split by itself
 def load(stratified) -> tuple[datasets.DatasetDict, str]:
     """The 1,797 images (8x8, greyscale) as `image` and `label`, a fifth of each class in `test`, and a fingerprint.
 
