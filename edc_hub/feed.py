@@ -6,10 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import canvas, encoding, views, work
+from . import canvas, views, work
 from .condensed import CondensedSet
-from .realset import RealSet
-from .recipe import Images
 from .section import ViewSettings
 from .views import ViewTable
 
@@ -158,28 +156,6 @@ class Drawn:
         for turn in range(start // size, (start + count - 1) // size + 1):
             found.append(torch.randperm(size, generator=work.generator(self._seed, "feed", f"pass {turn}")))
         return torch.cat(found)[start % size :][:count]
-
-
-def equal_bytes(real: RealSet, budget: int, section: Images, seed: int) -> tuple[Tensor, int]:
-    """Random real images, of each class as many or one more, whose files fill `budget` bytes; one a class at least.
-
-    Returns their rows and the bytes of their files.
-    """
-    generator = work.generator(seed, "students", "real images of equal bytes")
-    orders = [real.rows(label) for label in range(len(real.names))]
-    orders = [rows[torch.randperm(len(rows), generator=generator)] for rows in orders]
-    turn = torch.cat([torch.arange(len(rows)) for rows in orders])
-    turns = torch.cat(orders)[turn.argsort(stable=True)]  # one of each class, then the next of each
-    sizes: list[int] = []
-    ahead = 256
-    while len(sizes) < len(turns) and (sum(sizes) <= budget or len(sizes) < len(orders)):
-        real.keep(turns[:ahead])  # a stream is read once for all of them
-        for rows in turns[len(sizes) : ahead].split(256):
-            sizes += map(len, encoding.encode(real.images(rows), section))
-        ahead = max(len(orders), int(1.05 * len(sizes) * budget / sum(sizes))) + 256  # by what they took so far
-    fit = int((torch.tensor(sizes).cumsum(0) <= budget).sum())
-    count = max(fit, len(orders))
-    return turns[:count], sum(sizes[:count])
 
 
 def settings(facts: dict) -> ViewSettings:

@@ -11,11 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 
-from . import controls, encoding, feed, judged, launch, networks, recipes, source, students, teachers, views, work
+from . import controls, feed, judged, launch, networks, reals, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
@@ -26,9 +25,6 @@ from .realset import RealSet
 from .section import ViewSettings
 from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
-
-
-FEW = 256  # real images whose files tell how large the others are
 
 
 class Trial(NamedTuple):
@@ -192,30 +188,15 @@ class Bench:
                 _ = self.teachers.fingerprints
         _ = self.of_own_images  # which may read the training split
         real = self._real_asked
-        if real and not self.other_images and (refused := self._beyond_memory(len(self.real.rows()))):
-            if "upper_bound" in real:
-                raise InputError(f"upper_bound: the real set {refused}; leave it out, or use a machine with more")
-            if refused := self._beyond_memory(self._about_equal_bytes()):
-                what = "as much of the real set as fits in the set's bytes"
-                raise InputError(f"controls: {what} {refused}; leave out real, or use a machine with more")
-
-    def _beyond_memory(self, count: int) -> str | None:
-        """What so many real images take, once in each process that trains on them, where they do not fit."""
-        size, device = count * 3 * self.size**2, self.session.device
-        students = len(self.sections) * len(self.comparison.seeds) * len(self._real_asked)
-        needed, free = size * min(launch.local_processes(), students), psutil.virtual_memory().available
-        if device.type == "cuda" and (on_device := torch.cuda.mem_get_info(device)[0]) < size:
-            needed, free = size, on_device
-        if needed <= free:
-            return None
-        return f"takes {needed / 1e9:.1f} GB of memory at {self.size} px and {free / 1e9:.1f} GB are free"
-
-    def _about_equal_bytes(self) -> int:
-        """About how many real images fit in the set's bytes, by the files of the first ones."""
-        rows = self.real.rows()
-        some = encoding.encode(self.real.images(rows[:FEW]), recipes.resolve(self.sets[0].recipe).images)
-        budget = max(sum(self.bytes(self.sets[0], each.labels).values()) for each in self.sections.values())
-        return min(len(rows), budget * len(some) // sum(map(len, some)))
+        if real and not self.other_images:
+            reals.check_memory(
+                self.real,
+                whole="upper_bound" in real,
+                budget=max(sum(self.bytes(self.sets[0], each.labels).values()) for each in self.sections.values()),
+                section=recipes.resolve(self.sets[0].recipe).images,
+                trainings=len(self.sections) * len(self.comparison.seeds) * len(real),
+                device=self.session.device,
+            )
 
     def unit(self, trial: Trial) -> Unit:
         section, whole = self._section(trial), trial.row == "upper_bound"
@@ -352,7 +333,7 @@ class Bench:
         key = self._budget(trial), trial.seed
         if key not in self._real_rows:
             encoding = recipes.resolve(trial.images.recipe).images
-            self._real_rows[key] = feed.equal_bytes(self.real, key[0], encoding, trial.seed)
+            self._real_rows[key] = reals.equal_bytes(self.real, key[0], encoding, trial.seed)
         return self._real_rows[key]
 
     def _budget(self, trial: Trial) -> int:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, controls, disk, evaluate, feed, judged, launch, record, teachers, trials, work
+from edc_hub import comparison, controls, disk, evaluate, judged, launch, reals, record, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.errors import InputError
@@ -224,7 +224,7 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
     encoding = comparison.recipes.resolve(images.recipe).images
     picked = []
     for seed in (0, 1):
-        rows, told = feed.equal_bytes(made.real, budget, encoding, seed)
+        rows, told = reals.equal_bytes(made.real, budget, encoding, seed)
         sizes = [len(file) for file in encode(made.real.images(rows), encoding)]
         assert told == sum(sizes)
         assert len(set(rows.tolist())) == len(rows)
@@ -234,10 +234,10 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
             assert sum(sizes) + max(sizes) * 1.2 > budget
         picked.append(rows.tolist())
     assert picked[0] != picked[1]
-    few, _ = feed.equal_bytes(made.real, 900, encoding, 0)
+    few, _ = reals.equal_bytes(made.real, 900, encoding, 0)
     cost = [len(file) for file in encode(made.real.images(few), encoding)]
     assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
-    assert len(feed.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
+    assert len(reals.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
     for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:
         lessons = made._feed(trial, made._section(trial), seed=1)
         own = made._feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
@@ -486,7 +486,7 @@ def test_bytes_of_one_real_image_a_class_are_of_all_classes():
         images=lambda rows: pixels[rows],
         keep=lambda rows: None,
     )
-    rows, told = feed.equal_bytes(real, 1000, Images(), 0)
+    rows, told = reals.equal_bytes(real, 1000, Images(), 0)
     assert sorted(rows.tolist()) == list(range(300)) and told == sum(map(len, encode(pixels, Images())))
 
 
