@@ -28,6 +28,7 @@ from accelerate import PartialState
 from edc_hub import crops, feed, labels, launch, matching, moments, networks, recipes, students, synthesize, views
 from edc_hub.condensed import CondensedSet
 from edc_hub.networks import Network
+from edc_hub.space import Space
 from edc_hub.taps import Taps
 from edc_hub.targets import Targets
 from edc_hub.work import Session, Store, generator
@@ -96,7 +97,7 @@ def synthesis_step(names: list[str], session: Session, flatness: str = "none") -
         synthesize.Observed(network, targets(network, of_class, session), of_class, recipe, session)
         for network in made
     ]
-    space, draws = synthesize.Space(recipe.source, session.device), generator(0, "benchmark", "crops")
+    space, draws = Space(recipe.source, session.device), generator(0, "benchmark", "crops")
     z = space.to_z(start).requires_grad_()
     average = z.detach().clone()
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)

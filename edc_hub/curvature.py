@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import encoding, synthesize, work
 from .condensed import CondensedSet
 from .initialize import Initial
-from .objective import Observed, Space
+from .objective import Observed
 from .observers import Observers
 from .realset import RealSet
 from .recipe import Recipe, Synthesize, selected, title
+from .space import Space
 from .taps import Taps
 from .targets import Moments
 from .work import Progress, Session

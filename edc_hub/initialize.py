@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from . import canvas, rded, work
 from .errors import InputError
-from .objective import Space
 from .pixels import to_float
 from .recipe import Recipe, users
 from .source import RealSet, check_ipc
+from .space import Space
 from .work import Session, Unit
 
 

@@ -12,44 +12,16 @@ from .crops import Crop, Mix
 from .errors import InputError
 from .matching import Matcher
 from .networks import Network
-from .recipe import Recipe, Source, Synthesize
+from .recipe import Recipe, Synthesize
 from .rules import other_tiles
 from .section import Flatness
+from .space import Space
 from .taps import Taps
 from .targets import Targets
 from .work import Session
 
 
 AVERAGED = ("logits", "statistics")  # kinds of flatness that look at the averaged images
-
-
-class Space:
-    """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s)."""
-
-    def __init__(self, source: Source, device: torch.device):
-        self.mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1)
-        self.std = torch.tensor(source.std, device=device).view(1, 3, 1, 1)
-
-    def to_z(self, images: Tensor) -> Tensor:
-        """uint8 to normalised float32."""
-        return self.normalise(images.to(self.mean.device).float() / 255)
-
-    def normalise(self, x: Tensor) -> Tensor:
-        """[0, 1] to normalised float."""
-        return (x - self.mean) / self.std
-
-    def to_x(self, z: Tensor) -> Tensor:
-        """Normalised float to [0, 1]."""
-        return z * self.std + self.mean
-
-    def clamp(self, z: Tensor) -> None:
-        """Keeps x in [0, 1], in place."""
-        with torch.no_grad():
-            z.clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
-
-    def to_bytes(self, z: Tensor) -> Tensor:
-        """Normalised float to uint8 on the CPU, rounded."""
-        return self.to_x(z).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 class Observed:

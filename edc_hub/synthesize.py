@@ -16,11 +16,12 @@ from . import local, work
 from .errors import InputError
 from .initialize import Initial
 from .networks import Network
-from .objective import AVERAGED, Objective, Observed, Space
+from .objective import AVERAGED, Objective, Observed
 from .observers import Observers
 from .recipe import Recipe, Synthesize, selected
 from .slope import Slope
 from .source import RealSet
+from .space import Space
 from .targets import Moments
 from .work import Progress, Session, Unit
 

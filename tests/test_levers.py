@@ -12,6 +12,7 @@ from edc_hub import crops, matching, networks, objective, pixels, rules, synthes
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
 from edc_hub.recipe import Recipe, Synthesize
+from edc_hub.space import Space
 from edc_hub.work import Progress
 
 
@@ -42,7 +43,7 @@ def run(made, observed, session, tmp_path, watch=None, progress=None):
 
 def plain_loop(made, observed):
     """A block by the bare loop: a crop of 25 draws, the next observer, Adam. As it was before any lever came."""
-    section, generator, space = made.synthesize, work.generator(0, "blocks", "b"), synthesize.Space(made.source, "cpu")
+    section, generator, space = made.synthesize, work.generator(0, "blocks", "b"), Space(made.source, "cpu")
     z = space.to_z(images()).requires_grad_()
     average, losses = z.detach().clone(), []
     adam = torch.optim.Adam([z], lr=section.lr, betas=tuple(section.betas), eps=section.eps)
@@ -171,7 +172,7 @@ def test_whoever_watches_sees_the_loss_of_every_step_and_changes_nothing(session
     assert torch.equal(found[0], undisturbed[0]) and torch.equal(found[1], undisturbed[1])
     assert [step for step, _, _ in seen] == list(range(6))
     assert torch.equal(torch.stack([value.detach() for _, _, value in seen]), found[1])
-    assert torch.equal(seen[0][1], synthesize.Space(made.source, session.device).to_z(images()))
+    assert torch.equal(seen[0][1], Space(made.source, session.device).to_z(images()))
 
 
 LEVERS = {

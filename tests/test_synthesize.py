@@ -12,6 +12,7 @@ from edc_hub import crops, local, matching, networks, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
 from edc_hub.recipe import Recipe
+from edc_hub.space import Space
 from edc_hub.work import Progress
 
 
@@ -116,7 +117,7 @@ def test_the_cosine_starts_at_one_and_ends_next_to_zero():
 
 
 def test_pixels_stay_in_the_unit_range_and_are_rounded_not_cut():
-    pixels = synthesize.Space(recipe().source, torch.device("cpu"))
+    pixels = Space(recipe().source, torch.device("cpu"))
     original = images()
     z = pixels.to_z(original)
     assert torch.equal(pixels.to_bytes(z), original)
@@ -203,7 +204,7 @@ def test_a_block_killed_in_the_middle_ends_with_the_same_bits(session, tmp_path,
         run(Progress(tmp_path / "b", 0.0), stop=4)
     resumed, resumed_losses = run(Progress(tmp_path / "b", 0.0))
     assert torch.equal(undisturbed, resumed) and torch.equal(losses, resumed_losses)
-    assert (undisturbed - synthesize.Space(made.source, session.device).to_z(images())).abs().max() > 0.1
+    assert (undisturbed - Space(made.source, session.device).to_z(images())).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("order", ["class_major", "across_class"])
@@ -224,7 +225,7 @@ def test_a_block_gets_its_images_labels_and_class_counts_and_its_result_goes_bac
         which = torch.tensor([(start.images == image).flatten(1).all(1).nonzero().item() for image in images])
         assert torch.equal(labels, which // 3)  # class-major: the label of image i is i // ipc
         assert torch.equal(seen[-1], torch.bincount(labels, minlength=3))
-        return synthesize.Space(made.source, session.device).to_z(255 - images), torch.zeros(1)
+        return Space(made.source, session.device).to_z(255 - images), torch.zeros(1)
 
     monkeypatch.setattr(synthesize, "optimise", optimise)
     real = SimpleNamespace(names=["a", "b", "c"])
