@@ -71,6 +71,12 @@ def help_asked(argv: list[str], text: Callable[[], str]) -> None:
         raise SystemExit(0)
 
 
+def usage(head: str, root: type[Section], flags: dict[str, str]) -> str:
+    """The text of `--help`: `head`, then each flag with its meaning, then every key of `root`."""
+    shown = "\n".join(f"  --{name}  {meaning}" for name, meaning in flags.items())
+    return "\n\n".join(filter(None, [head, shown, "\n".join(keys.help_lines(root))]))
+
+
 def put_students(given: dict[str, Any], students: list[Any]) -> None:
     """`--students`, short for `evaluation.students`, into the keys that are given."""
     if not isinstance(given.setdefault("evaluation", {}), dict):
@@ -85,8 +91,8 @@ def of_run(
 
     `--help` prints to stdout and exits with 0.
     """
-    head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}.\n"
-    help_asked(argv, lambda: "\n".join([head, *keys.help_lines(root)]))
+    head = f"usage: edc-hub {command} {words} [--key value ...]\n\nRUN is {run}."
+    help_asked(argv, lambda: usage(head, root, {}))
     named, given, _ = split(argv, root, {})
     options = keys.validated(root, given)
     if len(named) != len(words.split()):

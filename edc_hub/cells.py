@@ -236,11 +236,10 @@ def check(cells: list[Cell], open_source: "Callable[[Recipe], RealSet]") -> None
 
 
 def _usage() -> str:
-    flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         "usage: edc-hub sweep TABLE [--seeds 0,1,2 --split holdout …] [--section.key value ...]\n\n"
         f"TABLE is a YAML file or one of: {recipes.listing(SHIPPED)}\n"
         "A key of the recipe (edc-hub condense --help) is set for all cells. --output_dir is the folder of the\n"
-        f"tables, runs/sweep-TABLE when not given; runs and artifacts lie beside it.\n\n{flags}\n"
+        "tables, runs/sweep-TABLE when not given; runs and artifacts lie beside it."
     )
-    return "\n".join([head, *keys.help_lines(Choices)])
+    return arguments.usage(head, Choices, _FLAGS)

@@ -114,14 +114,13 @@ def resolve(given: dict[str, Any]) -> Parsed:
 
 
 def _usage() -> str:
-    flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         "usage: edc-hub evaluate [RECIPE] --dataset FOLDER|ORG/NAME[,…] [--section.key value ...]\n\n"
         f"RECIPE is a YAML file or one of: {recipes.listing(_SHIPPED)}\n"
         "Without one the protocol is that of the set's own recipe; --evaluation.protocol names another.\n"
-        f"A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b.\n\n{flags}\n"
+        "A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b."
     )
-    return "\n".join([head, *keys.help_lines(_Typed)])
+    return arguments.usage(head, _Typed, _FLAGS)
 
 
 def _folder(place: str) -> str:

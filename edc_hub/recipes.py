@@ -60,15 +60,13 @@ def parse(argv: list[str], prog: str) -> Parsed:
 
 def usage(prog: str) -> str:
     """The text of `--help`: every key with its type, default and meaning."""
-    flags = "\n".join(f"  --{name}  {meaning}" for name, meaning in _FLAGS.items())
     head = (
         f"usage: edc-hub {prog} RECIPE [--section.key value ...]\n\n"
         f"RECIPE is a YAML file or one of: {listing()}\n"
         f"A value is YAML: 2e-5, true, null, [0.5, 1.0], '[{{name: a, arch: resnet18}}]'; a list replaces the whole.\n"
-        f"Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use.\n\n"
-        f"{flags}\n"
+        "Method and recipe stand above the defaults shown here; --print_recipe shows what a run would use."
     )
-    return "\n".join([head, *keys.help_lines(Recipe)])
+    return arguments.usage(head, Recipe, _FLAGS)
 
 
 # Files

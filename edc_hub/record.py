@@ -10,7 +10,9 @@ from . import card, disk, documents, recipes, report, results
 from .accuracy import top1
 from .comparison import Comparison, Parsed
 from .condensed import CondensedSet
+from .protocol import Evaluation
 from .realset import RealSet
+from .recipe import Recipe
 from .results import Outcome
 from .trials import Bench, Done, machine
 from .work import Session
@@ -50,8 +52,8 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
             "fingerprints": [condensed.manifest["fingerprint"] for condensed in parsed.sets],
         },
         "protocol": parsed.protocol,
-        "own_protocol": bench.of_own_images and _is_own(asked, first),
-        "evaluation": _portable(asked, first),
+        "own_protocol": bench.of_own_images and _is_own(asked, bench.recipe),
+        "evaluation": _portable(asked.evaluation, bench.recipe),
         "split": asked.split,
         "test": {
             "id": judged.id,
@@ -79,10 +81,9 @@ def _transform(judged: RealSet, size: int) -> str:
     return f"shorter side {judged.size}, centre crop {size}"
 
 
-def _is_own(asked: Comparison, first: CondensedSet) -> bool:
+def _is_own(asked: Comparison, recipe: Recipe) -> bool:
     """Whether students are trained as the set's own recipe says, whichever they are."""
-    own = asked.model_copy(update={"evaluation": recipes.resolve(first.recipe).evaluation})
-    ours, theirs = (_portable(each, first) for each in (asked, own))
+    ours, theirs = (_portable(each, recipe) for each in (asked.evaluation, recipe.evaluation))
     return all(ours[key] == theirs[key] for key in ours if key not in ("students", "precision"))
 
 
@@ -101,9 +102,9 @@ def _is_local(place: str) -> bool:
     return os.path.isdir(os.path.expanduser(place))
 
 
-def _portable(asked: Comparison, first: CondensedSet) -> dict[str, Any]:
+def _portable(section: Evaluation, recipe: Recipe) -> dict[str, Any]:
     """The protocol as a recipe publishes it: local paths by their last part."""
-    recipe = recipes.resolve(first.recipe).model_copy(update={"evaluation": asked.evaluation})
+    recipe = recipe.model_copy(update={"evaluation": section})
     return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
 
 

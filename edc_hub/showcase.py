@@ -34,9 +34,8 @@ def command(argv: list[str]) -> None:
     run, options = arguments.of_run(argv, "showcase", Options)
     if not launch.is_first():  # under a launcher
         return
-    recipe = recipes.of_run(
-        run
-    )  # with its path of a local source; raises where there is none, as a lock makes the folder
+    # with its path of a local source; before the lock, which would make a folder that is not there
+    recipe = recipes.of_run(run)
     with launch.lock(run):
         publish(run / "dataset", measure(run, recipe, options.seeds))
 

@@ -22,6 +22,7 @@ from .feed import Drawn, Stored
 from .networks import Network
 from .protocol import Evaluation, named_students, of_student
 from .realset import RealSet
+from .recipe import Recipe
 from .section import ViewSettings
 from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
@@ -79,6 +80,11 @@ class Bench:
         self._real_rows: dict[tuple[int, int], tuple[Tensor, int]] = {}
 
     @cached_property
+    def recipe(self) -> Recipe:
+        """The set's own."""
+        return recipes.resolve(self.sets[0].recipe)
+
+    @cached_property
     def real(self) -> RealSet:
         """The training split without the hold-out."""
         return source.load(self.source)
@@ -120,7 +126,7 @@ class Bench:
     @cached_property
     def of_own_images(self) -> bool:
         """Whether accuracy is measured on the images that the set's own recipe names, made square as there."""
-        asked, own = self.comparison.source, recipes.resolve(self.sets[0].recipe).source
+        asked, own = self.comparison.source, self.recipe.source
         if any(getattr(asked, key) != getattr(own, key) for key in ("name", "test_split", "resize", "classes")):
             return False
         return asked.path == own.path or self.other_images is None  # a set on its own has a folder's name alone
@@ -193,7 +199,7 @@ class Bench:
                 self.real,
                 whole="upper_bound" in real,
                 budget=max(sum(self.bytes(self.sets[0], each.labels).values()) for each in self.sections.values()),
-                section=recipes.resolve(self.sets[0].recipe).images,
+                section=self.recipe.images,
                 trainings=len(self.sections) * len(self.comparison.seeds) * len(real),
                 device=self.session.device,
             )
@@ -214,7 +220,7 @@ class Bench:
         if trial.row.startswith("real"):
             about |= {
                 "budget": self._budget(trial),
-                "encoding": recipes.resolve(trial.images.recipe).images.model_dump(exclude={"grid"}),
+                "encoding": self.recipe.images.model_dump(exclude={"grid"}),
             }
         own = self.sections[trial.student].labels
         if trial.row.startswith("hard") and own != "stored":
@@ -332,8 +338,7 @@ class Bench:
         """Rows and bytes, encoded once for all students and both variants of a row; sets share their encoding."""
         key = self._budget(trial), trial.seed
         if key not in self._real_rows:
-            encoding = recipes.resolve(trial.images.recipe).images
-            self._real_rows[key] = reals.equal_bytes(self.real, key[0], encoding, trial.seed)
+            self._real_rows[key] = reals.equal_bytes(self.real, key[0], self.recipe.images, trial.seed)
         return self._real_rows[key]
 
     def _budget(self, trial: Trial) -> int:

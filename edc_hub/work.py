@@ -91,7 +91,8 @@ class Store:
         return _open(self.path(unit))
 
     def load(self, unit: Unit) -> dict[str, Tensor]:
-        return _tensors(self.path(unit))
+        with self.open(unit) as file:
+            return _tensors(file)
 
     def facts(self, unit: Unit) -> dict:
         with self.open(unit) as file:
@@ -105,9 +106,8 @@ def _open(path: Path) -> safe_open:
         raise InputError(f"{path}: no whole file ({error}); remove it and give the same command again") from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
-    with _open(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+def _tensors(file: safe_open) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}
 
 
 class Kept(Store):
@@ -144,7 +144,7 @@ class Progress:
             return None
         with _open(self.path) as file:
             self.start -= float((file.metadata() or {}).get("seconds", 0))
-        return _tensors(self.path)
+            return _tensors(file)
 
     def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Saves `state()` if a save is due."""
