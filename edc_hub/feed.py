@@ -1,7 +1,7 @@
 """The batches a student sees: stored views with their labels, or views drawn while it trains."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,9 @@ class Stored:
     """The stored views of a condensed set, with the stored labels or with the classes.
 
     Label epochs come in an order that the student's seed decides, each once before the first comes again, then in
-    another order. Rows are shuffled anew in every epoch. `mix=False` shows the views as they are before mixing, which
-    fits hard labels alone: the stored ones are of the mixed views.
+    another order. Rows are shuffled anew in every epoch or, with `shuffled="batches"`, the label batches are, each as
+    it was mixed, and a smaller one comes last. `mix=False` shows the views as they are before mixing, which fits hard
+    labels alone: the stored ones are of the mixed views.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Stored:
         seed: int,
         hard: bool = False,
         mix: bool = True,
+        shuffled: Literal["rows", "batches"] = "rows",
     ):
         self._condensed, self._batch, self._seed, self._hard, self._mix = condensed, batch, seed, hard, mix
+        self._unit = 1 if shuffled == "rows" else batch
         self._images = condensed.pictures.to(device)
         self._labels = condensed.of_pictures(condensed.labels).to(device)
         self._view = settings(condensed.manifest["soft_labels"])
@@ -64,7 +67,7 @@ class Stored:
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, shuffles them."""
         table, soft = self._labelled(number)
-        order = _full(torch.randperm(self.count, generator=generator), self._batch)
+        order = _full(_shuffled(self.count, self._unit, generator), self._batch)
         for rows in order.split(self._at_once):
             if self._together > 1:
                 x = self._made(number)[rows.to(self._images.device)]
@@ -191,6 +194,13 @@ def _batch(x: Tensor, soft: Tensor | None, labels: Tensor, table: ViewTable) -> 
 def _split(whole: Batch, batch: int) -> Iterator[Batch]:
     for start in range(0, len(whole.x), batch):
         yield Batch(*(None if part is None else part[start : start + batch] for part in whole))
+
+
+def _shuffled(count: int, unit: int, generator: torch.Generator) -> Tensor:
+    """0 to count - 1 in random order, runs of `unit` kept together; a last run of fewer stays last."""
+    whole = count // unit
+    order = torch.randperm(whole, generator=generator)[:, None] * unit + torch.arange(unit)
+    return torch.cat([order.flatten(), torch.arange(whole * unit, count)])
 
 
 def _full(order: Tensor, batch: int) -> Tensor:

@@ -56,6 +56,9 @@ class Evaluation(Section):
     augment: Literal["set", "own", "none"] = Field(
         "set", description="views as the set's were drawn | by the keys of evaluation.view | whole images"
     )
+    shuffled: Literal["rows", "batches"] = Field(
+        "rows", description="stored views, of a label epoch: all shuffled | its batches are, each as it was mixed"
+    )
     view: ViewSettings = Field(ViewSettings(), description="views that are drawn while training, with augment: own")
     loss: Literal["mse_ce", "kl", "cosine", "ce"] = Field(
         "mse_ce", description="MSE on logits + ce_weight CE on the unmixed class | KL | 1 - cosine of logits | CE"

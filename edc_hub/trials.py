@@ -28,6 +28,9 @@ from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
 
 
+_NOT_OF_ONE = {"protocol", "students", "teachers", "per_student"}  # keys that are not a single student's own
+
+
 class Trial(NamedTuple):
     """One student on one row."""
 
@@ -192,6 +195,12 @@ class Bench:
                 )
             if section.labels == "online":
                 _ = self.teachers.fingerprints
+            mixed = self.sets[0].manifest["soft_labels"]["batch"]
+            if section.labels == "stored" and section.shuffled == "batches" and section.batch != mixed:
+                raise InputError(
+                    f"evaluation.shuffled: batches keeps those that were labelled, of {mixed} views, and "
+                    f"evaluation.batch is {section.batch}; write rows, or batch: {mixed}"
+                )
         _ = self.of_own_images  # which may read the training split
         real = self._real_asked
         if real and not self.other_images:
@@ -227,6 +236,7 @@ class Bench:
             about["drawn"] = True  # its views, where the set's row has its own
         if trial.row.startswith(("hard", "real")) and self._whole_batches(trial):
             about["whole_batches"] = True
+        later = {"shuffled"} if section.shuffled == "rows" else set()  # so that students trained before are found
         fingerprint = work.fingerprint(
             STAGE,
             VERSION,
@@ -234,7 +244,7 @@ class Bench:
             **about,
             views=views.VERSION,
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
-            section=section.model_dump(mode="json", exclude={"protocol", "students", "teachers", "per_student"}),
+            section=section.model_dump(mode="json", exclude=_NOT_OF_ONE | later),
             teachers=[*self.teachers.fingerprints, self.teachers.of_batches] if section.labels == "online" else None,
             real=self.real.fingerprint if whole or "budget" in about else None,
             test=[self.judged_on.fingerprint, self.comparison.split],
@@ -313,7 +323,8 @@ class Bench:
             )
         if self.sections[trial.student].labels == "stored":
             hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
-            return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix)
+            kept = section.shuffled
+            return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix, shuffled=kept)
         teach = None
         if section.labels == "online":
             teach = self.teachers.teach

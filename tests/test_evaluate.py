@@ -516,6 +516,17 @@ def test_a_newer_format_and_a_set_without_soft_labels_are_one_line(lonely, toy_r
     assert "the set is newer than this edc_hub: its format is 99.0" in refused(capsys, "--dataset", lonely)
 
 
+def test_label_batches_are_kept_only_where_a_student_s_are_as_large(toy_run, tmp_path, capsys, session):
+    labelled = json.loads((toy_run / "dataset/manifest.json").read_text())["soft_labels"]["batch"]
+    asked = ["--dataset", toy_run, *FEW, "--output_dir", tmp_path / "out", "--evaluation.shuffled", "batches"]
+    line = refused(capsys, *asked, "--evaluation.batch", str(labelled + 1))
+    assert line.startswith("evaluation.shuffled: batches") and line.endswith(f"write rows, or batch: {labelled}")
+    made = bench(toy_run, session, *FEW, "--evaluation.batch", str(labelled), "--evaluation.shuffled", "batches")
+    made.check()
+    rows = bench(toy_run, session, *FEW, "--evaluation.batch", str(labelled))
+    assert made.unit(made.trials()[0]) != rows.unit(rows.trials()[0])
+
+
 def test_a_place_without_a_finished_set_is_one_line(toy_run, tmp_path, capsys):
     assert "no condensed set here, manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
     (tmp_path / "run").mkdir()

@@ -91,6 +91,22 @@ def test_rows_are_shuffled_anew_and_each_comes_once(condensed):
     assert torch.equal(one.x[order_of(1).argsort()], other.x[order_of(2).argsort()])
 
 
+@pytest.mark.parametrize("batch, sizes", [(4, [4, 4, 2]), (5, [5, 5]), (3, [3, 3, 3]), (20, [10])])
+def test_shuffled_batches_are_those_that_were_labelled(condensed, batch, sizes):
+    """In another order every time; what is mixed with what stays together, and a smaller batch comes last."""
+    seen = []
+    for seed in range(6):
+        found = list(Stored(condensed, batch, CPU, seed=0, shuffled="batches").epoch(0, seeded(seed)))
+        assert [len(each.x) for each in found] == sizes
+        rows = torch.cat([each.x for each in found])
+        (replayed,) = [x for x in map(condensed.replay, range(3)) if any(torch.equal(rows[0], view) for view in x)]
+        places = [next(i for i, view in enumerate(replayed) if torch.equal(view, row)) for row in rows]
+        for part in torch.tensor(places).split(batch):
+            assert part.tolist() == list(range(part[0], part[0] + len(part))) and part[0] % batch == 0
+        seen.append(tuple(places))
+    assert (len(set(seen)) > 1) == (len(sizes) > 1)
+
+
 def test_a_last_batch_of_one_view_is_left_out_unless_it_is_the_only_one(condensed):
     for batch, sizes in ((3, [3, 3, 3]), (9, [9]), (1, [1] * 10), (10, [10]), (50, [10])):
         fed = Stored(condensed, batch, CPU, seed=0)
