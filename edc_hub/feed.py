@@ -142,8 +142,7 @@ class Drawn:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
             order = _full(order[: self._kept], self._batch)
         for rows in order.split(views.at_once(self._size, self._batch, self._images.device)):
-            side = self._images.shape[-1]
-            tables = [_draw(self._view, ids, side, generator) for ids in rows.split(self._batch)]  # a batch is mixed
+            tables = _draw(self._view, rows, self._batch, self._images.shape[-1], generator)
             joined = views.join(tables)
             whole = _batch(views.apply(self._images, joined, self._size), None, self._labels, joined)
             for table, made in zip(tables, _split(whole, self._batch), strict=True):
@@ -166,10 +165,13 @@ def settings(facts: dict) -> ViewSettings:
     return ViewSettings(**{name: facts[name] for name in ViewSettings.model_fields})
 
 
-def _draw(view: ViewSettings | None, ids: Tensor, size: int, generator: torch.Generator) -> ViewTable:
+def _draw(
+    view: ViewSettings | None, rows: Tensor, batch: int, size: int, generator: torch.Generator
+) -> list[ViewTable]:
+    """The views of each batch, which are mixed; how many are made at once is the device's and changes no draw."""
     if view is not None:
-        return views.sample(view, ids, size, generator)
-    return {**views.whole(len(ids), size), "image_id": ids.to(torch.int32)}
+        return [views.sample(view, ids, size, generator) for ids in rows.split(batch)]
+    return [{**views.whole(len(ids), size), "image_id": ids.to(torch.int32)} for ids in rows.split(batch)]
 
 
 def _clean(images: Tensor, view: ViewSettings | None, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -179,8 +181,8 @@ def _clean(images: Tensor, view: ViewSettings | None, batch: int, generator: tor
     passes = -(-CLEAN_VIEWS // len(images))
     order = torch.cat([torch.randperm(len(images), generator=generator) for _ in range(passes)])
     view_size = view.view_size or size if view else size
-    for ids in _full(order, batch).split(views.at_once(view_size, batch, images.device)):
-        yield from views.apply(images, _draw(view, ids, size, generator), view_size).split(batch)
+    for rows in _full(order, batch).split(views.at_once(view_size, batch, images.device)):
+        yield from views.apply(images, views.join(_draw(view, rows, batch, size, generator)), view_size).split(batch)
 
 
 def _batch(x: Tensor, soft: Tensor | None, labels: Tensor, table: ViewTable) -> Batch:

@@ -155,6 +155,14 @@ def test_drawn_views_do_not_depend_on_how_many_are_made_at_once(monkeypatch):
     assert torch.equal(many.x, few.x) and torch.equal(many.share, few.share)
 
 
+def test_clean_views_do_not_depend_on_how_many_are_made_at_once(condensed, monkeypatch):
+    feeds = Drawn(IMAGES, LABELS, VIEW, 4, CPU, seed=0, teach=None), Stored(condensed, 4, CPU, seed=0)
+    many = [torch.cat(list(fed.clean(seeded()))) for fed in feeds]
+    monkeypatch.setattr(views, "PIXELS", 1)
+    few = [torch.cat(list(fed.clean(seeded()))) for fed in feeds]
+    assert all(map(torch.equal, many, few))
+
+
 def test_without_a_view_whole_images_are_shown_under_their_own_labels():
     fed = Drawn(IMAGES, LABELS, None, 4, CPU, seed=0, teach=None)
     found, order = joined(fed, 0, seed=2), torch.randperm(11, generator=seeded(2))
