@@ -122,7 +122,9 @@ class Initialize(Section):
     )
     batch: Positive = Field(100, description="images a forward pass")
     variant: Literal["rded", "edc"] = Field("rded", description="RDED's own selector, or the one of EDC's code")
-    images_per_class: Positive = Field(300, description="real images a class that are looked at (mipc)")
+    images_per_class: Positive = Field(
+        300, description="real images a class that are looked at (mipc); by the edc variant at most 256"
+    )
     crops: Positive = Field(5, description="crops an image (rded); the edc variant draws 1024 a class")
     factor: Positive = Field(1, description="tiles a side: 2 puts 2x2 crops on one image")
     crop_area: Area = Field([0.08, 1.0], description="area range of the scored crops")

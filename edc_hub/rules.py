@@ -149,8 +149,12 @@ def _levers(recipe: Recipe) -> Iterator[str]:
             f"synthesize.curriculum.start: {curriculum.start:g} is outside synthesize.crop_area [{low:g}, {high:g}]; "
             f"write e.g. {high:g}"
         )
+    if curriculum.kind != "none" and curriculum.milestone == 0:
+        yield "synthesize.curriculum.milestone: 0, where no crop is larger; write e.g. 0.5, or curriculum.kind: none"
     if curriculum.kind == "step" and curriculum.milestone == 1:
         yield "synthesize.curriculum.milestone: 1, where a step never comes down to crop_area; write e.g. 0.5"
+    if section.drop_rate and set(section.layers) == {"bn"}:
+        yield f"synthesize.drop_rate: {section.drop_rate:g} of the convolutions, and layers are bn alone; write 0"
     if section.sizes == []:
         yield "synthesize.sizes: an empty list; name sides of the view, or write null for source.size"
     if section.sizes and section.jitter >= min(section.sizes):

@@ -503,6 +503,8 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
         ),
         ({"sizes": [8, 4], "jitter": 4}, "synthesize.jitter: 4 px rolls past a view of 4 px; write less"),
         ({"curriculum": {"kind": "step"}}, "curriculum.milestone: 1, where a step never comes down .* write e.g. 0.5"),
+        ({"curriculum": {"kind": "linear", "milestone": 0.0}}, "curriculum.milestone: 0, where .* write e.g. 0.5, or"),
+        ({"drop_rate": 0.4, "layers": ["bn"]}, "synthesize.drop_rate: 0.4 of the convolutions, .*; write 0"),
         ({"sizes": [8, 4]}, "synthesize.sizes: b has other tiles at 4 px than in the moments; .* [bn, conv]"),
         ({"sizes": []}, "synthesize.sizes: an empty list; .* write null for source.size"),
         ({"mix": "mixup", "block": 1}, "synthesize.mix: mixup mixes two images of a block"),
