@@ -201,19 +201,23 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
 
     `first`: the class of the view's first image; `either`: its or that of the image mixed in. At least VIEWS of them,
     whole label epochs that are evenly spread. BatchNorm as in the set's labels (`relabel.observer_mode`), without a
-    last batch that is not full, as that was filled with views that are not stored.
+    last batch that is not full, as that was filled with views that are not stored. Of a set smaller than a batch these
+    were further views of the same images, and those of other label epochs stand for them.
     """
     section, size = recipe.relabel, condensed.manifest["soft_labels"]["view_size"]
     images, classes = condensed.pictures.to(session.device), condensed.of_pictures(condensed.labels)
     stages = roles(recipe)
     networks = {entry: watching.load(*entry) for entry in stages}
     epochs = min(condensed.epochs, math.ceil(VIEWS / len(condensed.labels)))
+    starts = [number * condensed.epochs // epochs for number in range(epochs)]
+    parts = (condensed.labelled(start, start + 1) for start in starts)
+    if len(condensed.labels) < section.batch:
+        stored = list(zip(*parts, strict=True))
+        parts = [(views.join(stored[0]), torch.cat(stored[1]))]
     rights: dict[Any, list[Tensor]] = {}
-    for number in range(epochs):
-        table, soft = condensed.labelled(start := number * condensed.epochs // epochs, start + 1)
-        whole = section.observer_mode == "batch" and len(soft) > section.batch
-        kept = len(soft) // section.batch * section.batch if whole else len(soft)
-        for rows in torch.arange(kept).split(section.batch):
+    for table, soft in parts:
+        kept = len(soft) // section.batch * section.batch if section.observer_mode == "batch" else 0
+        for rows in torch.arange(kept or len(soft)).split(section.batch):
             part = views.take(table, rows)
             x = views.apply(images, part, size)
             first, second = part["image_id"].long(), part["mix_image_id"].long()

@@ -126,7 +126,8 @@ class Drawn:
         full: bool = False,
     ):
         """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are; full:
-        a last batch of fewer views is left out, as the set's teachers need the statistics of whole ones."""
+        a last batch of fewer views is left out, as the set's teachers need the statistics of whole ones; a set of
+        fewer than one is shown as it is, where its stored labels are of a batch with further views."""
         self._images, self._labels = images.to(device), labels.to(device)
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]

@@ -18,6 +18,7 @@ from edc_hub import (
     documents,
     evaluate,
     finished,
+    labels,
     networks,
     recipes,
     students,
@@ -267,6 +268,20 @@ def test_views_are_counted_as_replayed(diagnosed, toy_run, session):
         assert found["observers"][name]["first"] == pytest.approx(np.mean(own))
         assert found["observers"][name]["either"] >= found["observers"][name]["first"]
         assert found["observers"][name]["roles"] == ["relabel", "synthesize"]
+
+
+@pytest.mark.parametrize("batch, sizes", [(4, [4, 4, 4]), (8, [8, 8]), (50, [18])])
+def test_views_that_were_labelled_by_the_statistics_of_a_batch_are_seen_in_whole_ones(
+    toy_run, session, monkeypatch, batch, sizes
+):
+    run, seen = of(toy_run, session), []
+    relabel = run.recipe.relabel.model_copy(update={"observer_mode": "batch", "batch": batch})
+    logits = labels.mean_logits
+    monkeypatch.setattr(labels, "mean_logits", lambda nets, x, *rest: seen.append(len(x)) or logits(nets, x, *rest))
+    found = diagnosis.views_seen(
+        run.recipe.model_copy(update={"relabel": relabel}), run.condensed, run.observers, session
+    )
+    assert seen[::2] == seen[1::2] == sizes and found["views"] == sum(sizes)  # by two observers
 
 
 def test_agreement_is_on_the_holdout_with_the_student_that_evaluate_trains(diagnosed, toy_run, tmp_path, session):
