@@ -11,10 +11,11 @@ import torch
 import yaml
 from toys import Net, Watching
 
-from edc_hub import condense, keys, methods, recipes, synthesize
+from edc_hub import condense, keys, methods, recipes, students, synthesize
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
+from edc_hub.protocol import of_student
 from edc_hub.recipe import Recipe, selected
 
 
@@ -120,6 +121,18 @@ def test_rded_labels_in_the_batches_that_its_students_learn_from():
         for ipc in (1, 10, 50):
             found = recipe(name, "rded", "--ipc", ipc)
             assert found.relabel.batch == found.evaluation.batch
+
+
+def test_rded_s_convnet_on_cifar100_learns_as_every_student_where_a_resnet_teaches():
+    for ipc, batch in ((1, 20), (10, 100), (50, 200)):
+        found = of_student(recipe("cifar100", "rded", "--ipc", ipc).evaluation, "convnet3", "convnet3")
+        assert (found.batch, found.lr) == (batch, 0.001)
+
+
+def test_hard_labels_are_trained_by_idc_s_milestones():
+    section = recipe("cifar10", "random", "--evaluation.protocol", "hard").evaluation
+    steps = [students.rate(section, epoch, section.epochs) for epoch in (665, 666, 832, 833)]
+    assert steps == pytest.approx([1, 0.2, 0.2, 0.04])
 
 
 @pytest.mark.parametrize(
