@@ -5,9 +5,9 @@ the stored views, and where students and observers agree. The fifth, the Hessian
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -79,11 +79,10 @@ def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[
 
     def batches(size: int) -> Iterator[Batch]:
         """Endless batches of the views of one label epoch, all full."""
-        feed, number = fed(size), 0
-        while True:
+        feed = fed(size)
+        for number in itertools.count():
             shuffle = work.generator(0, "diagnosis", f"batches of {size}, pass {number}")
             yield from (batch for batch in feed.epoch(0, shuffle) if len(batch.x) == size)
-            number += 1
 
     def look() -> list[dict[str, Any]]:
         watched = copy.copy(learner)
@@ -93,7 +92,7 @@ def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[
             total, seen = total + gradient(watched, batch) * len(batch.x), seen + len(batch.x)
         found = []
         for size in sizes:
-            values = cosines(watched, islice(batches(size), BATCHES), total / seen)
+            values = cosines(watched, itertools.islice(batches(size), BATCHES), total / seen)
             found.append({"batch": size, "mean": values.mean().item(), "std": values.std().item(), "n": len(values)})
         return [*found, {"batch": count, "mean": 1.0, "std": 0.0, "n": 1}]  # the whole set
 
@@ -102,7 +101,7 @@ def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[
         points = [{"steps": 0, "sizes": look()}]
         learner.begin(section.lr)
         lessons = _lessons(fed(section.batch))
-        for batch in islice(lessons, steps):
+        for batch in itertools.islice(lessons, steps):
             learner.step(batch)
         points.append({"steps": steps, "sizes": look()})
     return {"student": student, "protocol": section.protocol, "loss": section.loss, "views": count, "points": points}
@@ -110,10 +109,8 @@ def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[
 
 def _lessons(feed: Stored) -> Iterator[Batch]:
     """Endless training batches, epoch after epoch."""
-    epoch = 0
-    while True:
+    for epoch in itertools.count():
         yield from feed.epoch(epoch, work.generator(0, "diagnosis", f"epoch {epoch}"))
-        epoch += 1
 
 
 # Moments
@@ -134,8 +131,8 @@ def class_distances(
     first, second = (torch.cat(each) for each in zip(*parts, strict=True))
     members = (targets.class_ids[:, None] == classes.to(session.device)).float()
     mean, var = matching.group(first, second, targets.global_mean, members / members.sum(1, keepdim=True))
-    norms = matching.segment_norms(mean - targets.class_mean, targets.layout)
-    norms = (norms + matching.segment_norms(var - targets.class_var, targets.layout)).cpu()
+    apart = torch.stack([mean - targets.class_mean, var - targets.class_var])
+    norms = matching.segment_norms(apart, targets.layout).sum(0).cpu()
     kinds = [segment.kind for segment in targets.layout.segments]
     return {kind: norms[:, [found == kind for found in kinds]].mean(1) for kind in KINDS if kind in kinds}
 
@@ -151,12 +148,9 @@ def moment_distances(
     for entry in dict.fromkeys(selected(recipe, recipe.synthesize.observers)):
         network, own = watching.load(*entry), {}
         for row, draws in sets.items():
-            kinds: dict[str, list[Tensor]] = {}
-            for drawn in draws:
-                for kind, distances in _of_set(network, entry, drawn, known, recipe, session).items():
-                    kinds.setdefault(kind, []).append(distances)
-            for kind, distances in kinds.items():
-                each = torch.stack(distances).mean(0)
+            distances = [_of_set(network, entry, drawn, known, recipe, session) for drawn in draws]
+            for kind in distances[0]:
+                each = torch.stack([drawn[kind] for drawn in distances]).mean(0)
                 own.setdefault(kind, {})[row] = {
                     "mean": each.mean().item(),
                     "std": each.std().item(),
@@ -168,11 +162,9 @@ def moment_distances(
 
 def exactly(recipe: Recipe) -> Recipe:
     """The recipe with exact class variances as targets, of every kind of layer."""
-    changed = {
-        "moments": recipe.moments.model_copy(update={"target": "exact"}),
-        "synthesize": recipe.synthesize.model_copy(update={"layers": list(KINDS)}),
-    }
-    return recipe.model_copy(update=changed)
+    targets = recipe.moments.model_copy(update={"target": "exact"})
+    layers = recipe.synthesize.model_copy(update={"layers": list(KINDS)})
+    return recipe.model_copy(update={"moments": targets, "synthesize": layers})
 
 
 def _of_set(
@@ -233,7 +225,7 @@ def views_seen(recipe: Recipe, condensed: CondensedSet, watching: Observers, ses
 
 def _shares(right: Tensor) -> dict[str, float]:
     """Of bool (2, V), right about the first image and about the other one."""
-    return {"first": right[0].float().mean().item(), "either": right.any(0).float().mean().item()}
+    return {"first": _share(right[0]), "either": _share(right.any(0))}
 
 
 # Agreement
