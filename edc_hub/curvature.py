@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import encoding, synthesize, work
 from .condensed import CondensedSet
 from .initialize import Initial
-from .objective import Observed
+from .objective import Observed, pick
 from .observers import Observers
 from .realset import RealSet
 from .recipe import Recipe, Synthesize, selected, title
@@ -156,8 +156,8 @@ def along_synthesis(
         signs = work.generator(recipe.seed, "diagnosis", f"hessian {step}")
         with twice_differentiable(observed):
             estimate = hutchinson(loss, z, samples, signs)
-        seen = [step * section.together + index for index in range(section.together)]
-        names = [title(*chosen[index % len(chosen)]) for index in seen] if section.pick == "turn" else None
+        turn = pick(observed, section, step, generator) if section.pick == "turn" else ()  # a draw is not known again
+        names = [title(*chosen[index]) for index in turn] or None
         found.append({"step": step, "observers": names, **estimate._asdict()})
         bar.update()
 

@@ -132,7 +132,7 @@ class Drawn:
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]
         self._grid, self.count = grid, len(images) // grid**2
-        self._kept = _kept(self.count, batch, full)
+        self._whole = full
         self.steps = fixed or steps(self.count, batch, full=full)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
@@ -141,7 +141,7 @@ class Drawn:
             order = self._stream(number * self._fixed * self._batch, self._fixed * self._batch)
         else:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
-            order = _full(order[: self._kept], self._batch)
+            order = _full(order, self._batch, self._whole)
         for rows in order.split(views.at_once(self._size, self._batch, self._images.device)):
             tables = _draw(self._view, rows, self._batch, self._images.shape[-1], generator)
             joined = views.join(tables)
@@ -206,15 +206,13 @@ def _shuffled(count: int, unit: int, generator: torch.Generator) -> Tensor:
     return torch.cat([order.flatten(), torch.arange(whole * unit, count)])
 
 
-def _full(order: Tensor, batch: int) -> Tensor:
-    """Without a last batch of one view, unless it is the only one: BatchNorm has no statistics for one value."""
-    return order[:-1] if len(order) > batch > 1 and len(order) % batch == 1 else order
-
-
-def _kept(count: int, batch: int, full: bool) -> int:
-    return count // batch * batch if full and count > batch else count
+def _full(order: Tensor, batch: int, whole: bool = False) -> Tensor:
+    """Without a last batch of one view, for which BatchNorm has no statistics, or of fewer than `batch` where only
+    `whole` ones serve; unless it is the only one."""
+    over = len(order) % batch
+    return order[: len(order) - over] if len(order) > batch > 1 and (whole or over == 1) else order
 
 
 def steps(count: int, batch: int, *, full: bool = False) -> int:
     """Batches of one pass over `count` views; full: without a last one of fewer."""
-    return -(-len(_full(torch.arange(_kept(count, batch, full)), batch)) // batch)
+    return -(-len(_full(torch.arange(count), batch, full)) // batch)
