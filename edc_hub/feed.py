@@ -126,8 +126,8 @@ class Drawn:
         full: bool = False,
     ):
         """Args: images uint8 (N, 3, s, s); labels int64 (N,); grid: of canvases, whose pictures the images are; full:
-        a last batch of fewer views is left out, as the set's teachers need the statistics of whole ones; a set of
-        fewer than one is shown as it is, where its stored labels are of a batch with further views."""
+        a last batch of fewer views is left out, as the set's teachers need the statistics of whole ones; where
+        all images are fewer, teachers see further views of them as well, and the student does not."""
         self._images, self._labels = images.to(device), labels.to(device)
         self._view, self._batch, self._seed, self._teach, self._fixed = view, batch, seed, teach, fixed
         self._size = view.view_size if view and view.view_size else images.shape[-1]
@@ -137,17 +137,21 @@ class Drawn:
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, draws order and views."""
+        shown = self._batch
         if self._fixed:
             order = self._stream(number * self._fixed * self._batch, self._fixed * self._batch)
         else:
             order = canvas.turn(torch.randperm(self.count, generator=generator), number, self._grid)
             order = _full(order, self._batch, self._whole)
+            if self._whole and self._teach and self.count < self._batch:  # as where labels are stored
+                order, shown = order[torch.arange(self._batch) % self.count], self.count
         for rows in order.split(views.at_once(self._size, self._batch, self._images.device)):
             tables = _draw(self._view, rows, self._batch, self._images.shape[-1], generator)
             joined = views.join(tables)
             whole = _batch(views.apply(self._images, joined, self._size), None, self._labels, joined)
             for table, made in zip(tables, _split(whole, self._batch), strict=True):
-                yield made._replace(soft=self._teach(made.x, table).float()) if self._teach else made
+                made = made._replace(soft=self._teach(made.x, table).float()) if self._teach else made
+                yield Batch(*(part if part is None else part[:shown] for part in made))
 
     def clean(self, generator: torch.Generator) -> Iterator[Tensor]:
         """Batches of flipped crops of all images, not mixed nor augmented otherwise: float32 (B, 3, v, v)."""

@@ -236,6 +236,8 @@ class Bench:
             about["drawn"] = True  # its views, where the set's row has its own
         if trial.row.startswith(("hard", "real")) and self._whole_batches(trial):
             about["whole_batches"] = True
+        if section.labels == "online" and self._whole_batches(trial) and len(trial.images.labels) < section.batch:
+            about["filled"] = True  # its one batch, for the teachers
         if section.ema.decay and section.ema.bn == "reestimated":
             about["clean"] = "by batch"  # its crops were drawn for as many views as the device makes at once
         later = {"shuffled"} if section.shuffled == "rows" else set()  # so that students trained before are found

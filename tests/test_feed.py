@@ -185,6 +185,19 @@ def test_teachers_see_each_batch_as_the_student_does():
         assert torch.equal(batch.x, x) and torch.equal(batch.soft, x.flatten(1)[:, :3].half().float())
 
 
+def test_teachers_of_whole_batches_see_further_views_of_a_smaller_set_and_the_student_its_own():
+    seen = []
+
+    def teach(x: torch.Tensor, table: views.ViewTable) -> torch.Tensor:
+        seen.extend(table["image_id"].tolist())
+        return x.flatten(1)[:, :3]
+
+    (found,) = Drawn(IMAGES, LABELS, VIEW, 16, CPU, seed=0, teach=teach, full=True).epoch(0, seeded())
+    order = torch.randperm(11, generator=seeded())
+    assert seen == [*order.tolist(), *order[:5].tolist()]
+    assert torch.equal(found.label, LABELS[order]) and torch.equal(found.soft, found.x.flatten(1)[:, :3])
+
+
 def test_a_fixed_number_of_full_batches_passes_over_all_images_again_and_again():
     labels = torch.arange(11)
     fed = Drawn(IMAGES, labels, None, 4, CPU, seed=6, teach=None, fixed=2)
