@@ -119,7 +119,7 @@ class Initialize(Section):
 
     kind: Literal["real", "rded", "kmeans", "noise"] = Field("real", description="how images are chosen or made")
     observers: list[str] | None = Field(
-        None, description="networks that score crops (rded) or give features (kmeans); named as relabel.observers"
+        None, description="networks that score crops (rded), or the one with features (kmeans); see relabel.observers"
     )
     batch: Positive = Field(100, description="images a forward pass")
     variant: Literal["rded", "edc"] = Field("rded", description="selection of crops by RDED's code | by EDC's code")
@@ -136,7 +136,7 @@ class Initialize(Section):
 class Synthesize(Section):
     """Optimisation of the images, EDC section 3.2."""
 
-    observers: list[str] | None = Field(None, description="networks to match, named as relabel.observers")
+    observers: list[str] | None = Field(None, description="networks to match; see relabel.observers")
     block: Positive = Field(100, description="images optimised together, with statistics taken over all of them")
     block_order: Literal["class_major", "across_class"] = Field(
         "class_major", description="class_major: all images of a class, then the next; across_class: one of each"
@@ -152,7 +152,7 @@ class Synthesize(Section):
     first_layer: Rate = Field(10.0, description="weight of the first matched layer; the others have 1")
     layers: list[Literal["bn", "conv", "patch"]] = Field(
         ["bn", "conv", "patch"],
-        description="matched: inputs of BatchNorm2d | of Conv2d | tiles of the inputs of Conv2d",
+        description="what matches: inputs of BatchNorm2d | of Conv2d | tiles of the inputs of Conv2d",
     )
     drop_rate: Decay = Field(0.0, description="share of the Conv2d layers left out at random each step")
     alpha: Fraction = Field(0.5, description="weight of the global form against the class form (Eq. 5)")
@@ -163,10 +163,10 @@ class Synthesize(Section):
     local_images: Positive = Field(10, description="real images a class for class_scope local (code: 50,000 in all)")
     ema: Decay = Field(0.8, description="momentum of the average of a block's statistics over steps")
     flatness: Flatness = Field(Flatness(), description="flatness regularisation")
-    densification: Densification = Field(Densification(), description="data densification")
+    densification: Densification = Field(Densification(), description="data densification (G-VBSM)")
     tv: Rate = Field(0.0, description="weight of the total variation of the images (SRe2L's code; published as 0)")
     l2: Rate = Field(0.0, description="weight of the mean norm of an image, not squared (SRe2L; published as 0)")
-    curriculum: Curriculum = Field(Curriculum(), description="crop curriculum")
+    curriculum: Curriculum = Field(Curriculum(), description="crops that are large at first (CDA)")
     sizes: list[Positive] | None = Field(
         None, description="sides in pixels of the view: the next after each merge, else each round of observers"
     )
@@ -185,14 +185,14 @@ class Relabel(ViewSettings):
     """Soft labels: the observers' mean logits of many views of each published image."""
 
     observers: list[str] | None = Field(
-        None, description="networks whose logits are averaged: name, name@epoch, *@epoch, *@*; *: all, null: [*]"
+        None, description="what labels: name (its last epoch), name@epoch, *@epoch (all networks), *@* (all); null: *"
     )
     epochs: Numbered = Field(1000, description="label epochs: labelled views of each image")
     batch: Positive = Field(50, description="views a forward pass; logits depend on it where observer_mode is batch")
     observer_mode: Literal["running", "batch"] = Field("running", description="BatchNorm's statistics while labelling")
     codec: Literal["dense", "int8", "top_k", "observers"] = Field(
         "dense",
-        description="stored: float16 | int8, a scale a row | top_k logits, the rest by their mean | no labels",
+        description="float16 | int8, a scale a row | top_k logits, the rest by their mean | none: observers label later",
     )
     top_k: Numbered = Field(10, description="logits that codec top_k keeps of each view")
     budget: Above | None = Field(

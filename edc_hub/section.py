@@ -132,7 +132,7 @@ class Flatness(Section):
     """Flatness regularisation, EDC section 3.2, Eq. 7 and Table 4."""
 
     kind: Literal["none", "logits", "statistics", "sam"] = Field(
-        "none", description="match logits of averaged images (L'_FR) | their statistics (L_FR) | sharpness-aware steps"
+        "none", description="off | logits of averaged images (L'_FR) | their statistics (L_FR) | sharpness-aware steps"
     )
     weight: Rate = Field(0.25, description="weight of the term (Table 4); sam has none")
     beta: Decay = Field(0.99, description="decay of the image average (Table 4; 0.999 for some rows of statistics)")
@@ -155,7 +155,7 @@ class Densification(Section):
 class Curriculum(Section):
     """Crop curriculum of CDA: crops are large at first, and their smallest area comes down to `crop_area`."""
 
-    kind: Literal["none", "cosine", "linear", "step"] = Field("none", description="how; step: at the milestone")
+    kind: Literal["none", "cosine", "linear", "step"] = Field("none", description="way down; step: at the milestone")
     start: Fraction = Field(1.0, description="smallest area at the first step")
     milestone: Fraction = Field(1.0, description="share of the iterations after which crop_area holds")
 
