@@ -192,7 +192,7 @@ class Relabel(ViewSettings):
     observer_mode: Literal["running", "batch"] = Field("running", description="BatchNorm's statistics while labelling")
     codec: Literal["dense", "int8", "top_k", "observers"] = Field(
         "dense",
-        description="float16 | int8, a scale a row | top_k logits, the rest by their mean | none: observers label later",
+        description="float16 | int8, a scale a row | top_k logits, the rest by their mean | none: observers label",
     )
     top_k: Numbered = Field(10, description="logits that codec top_k keeps of each view")
     budget: Above | None = Field(
