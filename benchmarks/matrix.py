@@ -1,10 +1,11 @@
-"""Method by design choice, as Markdown for the README, from the files of the methods.
+"""Method by design choice, as Markdown, from the files of the methods: every choice, and the main ones for the README.
 
-python benchmarks/matrix.py
+python benchmarks/matrix.py    # writes both between their marks
 """
 
 from collections.abc import Callable
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from edc_hub import recipes
@@ -14,21 +15,30 @@ from edc_hub.recipe import Recipe, selected
 LARGE, SMALL, IPC = "imagenet1k", "cifar10", 10
 """The data sets whose values are shown, the second where it differs, and images a class."""
 
+ROOT = Path(__file__).parent.parent
+_BEGIN, _END = "<!-- matrix: python benchmarks/matrix.py -->", "<!-- /matrix -->"
 Cell = Callable[[Recipe], str]
 
 
-def markdown() -> str:
-    """Two tables, how images are made and how they are labelled and judged; a method a row."""
+def written(text: str, tables: list[dict[str, Cell]]) -> str:
+    """A file's text with these tables between its marks."""
+    before, begin, rest = text.partition(f"{_BEGIN}\n")
+    _, end, after = rest.partition(f"\n{_END}")
+    return f"{before}{begin}{markdown(tables)}{end}{after}"
+
+
+def markdown(tables: list[dict[str, Cell]]) -> str:
+    """A table for each set of columns; a method a row."""
     files = {name: [_recipe(data, name) for data in (LARGE, SMALL)] for name in recipes.methods()}
     order = ["random", "rded", "sre2l", "cda", "gvbsm", *(name for name in files if name.startswith("edc-")), "edc"]
     names = [*(name for name in order if name in files), *(name for name in files if name not in order)]
-    tables = []
-    for columns in (_IMAGES, _LABELS):
+    shown = []
+    for columns in tables:
         rows = [["method", *columns], ["---"] * (len(columns) + 1)]
         for name in names:
             rows.append([f"`{name}`", *(_both(cell, *files[name]) for cell in columns.values())])
-        tables.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    return "\n\n".join(tables)
+        shown.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(shown)
 
 
 def _recipe(data: str, method: str) -> Recipe:
@@ -171,5 +181,15 @@ _LABELS: dict[str, Cell] = {
 }
 
 
+_MAIN = ("start", "iterations", "observers matched", "class form", "flatness", "crop")
+_MAIN_LABELS = ("label observers", "their BatchNorm", "loss", "schedule", "batch", "EMA")
+PLACES: dict[Path, list[dict[str, Cell]]] = {
+    ROOT / "README.md": [{name: _IMAGES[name] for name in _MAIN} | {name: _LABELS[name] for name in _MAIN_LABELS}],
+    ROOT / "recipes/methods/README.md": [_IMAGES, _LABELS],
+}
+"""The tables of each file: in the README the choices that tell its methods apart, beside the methods all of them."""
+
+
 if __name__ == "__main__":
-    print(markdown())
+    for place, tables in PLACES.items():
+        place.write_text(written(place.read_text(encoding="utf-8"), tables), encoding="utf-8")

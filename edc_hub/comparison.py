@@ -29,18 +29,18 @@ _OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure n
 class Comparison(Section):
     """What `edc-hub evaluate` measures."""
 
-    dataset: list[str] = Field([], description="condensed sets: folders or ORG/NAME; several: one set of many seeds")
+    dataset: list[str] = Field([], description="run, folder or ORG/NAME; several: one recipe's sets of other seeds")
     revision: str | None = Field(None, description="tag, branch or commit of sets on the Hub")
     split: Literal["test", "holdout"] = Field("test", description="what accuracy is measured on; holdout for choices")
-    seeds: list[Count] = Field([0, 1, 2], description="seeds of the students, each trained on each set")
+    seeds: list[Count] = Field([0, 1, 2], description="seeds of the students; each is trained on each set")
     controls: list[Literal["initial", "random", "hard", "real"]] = Field(
         ["initial", "random", "hard", "real"],
         description="(i) initial images, (ii) random real images, (iii) hard labels, (iv) real images of equal bytes",
     )
     upper_bound: bool = Field(False, description="train on the whole real set too")
     upper_bound_epochs: Positive = Field(60, description="epochs over the whole real set")
-    curve_points: Count = Field(0, description="times that accuracy is also measured on the way, for the curve alone")
-    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="trackers")
+    curve_points: Count = Field(0, description="measurements on the way, for the picture of the curves alone")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field([], description="trackers of the curves")
     source: Source = Field(Source(), description="the real set, as the condensed set's recipe has it")
     evaluation: Evaluation = Field(Evaluation(), description="protocol, as the condensed set's recipe has it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")

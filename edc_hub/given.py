@@ -62,7 +62,11 @@ def parse(argv: list[str]) -> Parsed:
 
 def _usage() -> str:
     own = "\n".join(keys.help_lines(Given))
-    return f"{recipes.usage('relabel --images FOLDER|ORG/NAME')}\n\nimages to label:\n{own}"
+    shown = recipes.usage("relabel --images FOLDER|ORG/NAME")
+    for line in keys.help_lines(Recipe):
+        if line.startswith("  --ipc "):  # here the word is the images'
+            shown = shown.replace(f"{line}\n", "")
+    return f"{shown}\n\nimages to label:\n{own}"
 
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:

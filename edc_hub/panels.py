@@ -56,9 +56,9 @@ def _moments(axis: "Axes", found: dict[str, Any]) -> str:
 
 def _views(axis: "Axes", found: dict[str, Any]) -> str:
     shares = {**found["observers"], "mean label": found["mean_label"]}
-    _bars(axis, {name: {"first image": own["first"], "either image": own["either"]} for name, own in shares.items()})
+    _bars(axis, {name: {"its image": own["first"], "or the mixed-in": own["either"]} for name, own in shares.items()})
     axis.set_xlabel(f"% of {found['views']:,} stored views")
-    return "largest logit is the class"
+    return "views put in the class of"
 
 
 def _agreement(axis: "Axes", found: dict[str, Any]) -> str:
@@ -158,9 +158,10 @@ def _moment_lines(found: dict[str, Any]) -> list[str]:
 
 
 def _view_lines(found: dict[str, Any]) -> list[str]:
-    head = f"{'largest logit of ' + str(found['views']) + ' stored views':<44}{'first image':>14}{'either':>10}"
+    head = f"{found['views']} stored views, put in the class of"
+    head = f"{head:<44}{'their image':>14}{'or the mixed-in':>18}"
     rows = {**found["observers"], "mean label": found["mean_label"]}
-    return [head, *(f"{name:<44}{own['first']:>14.1%}{own['either']:>10.1%}" for name, own in rows.items())]
+    return [head, *(f"{name:<44}{own['first']:>14.1%}{own['either']:>18.1%}" for name, own in rows.items())]
 
 
 def _agreement_lines(found: dict[str, Any]) -> list[str]:

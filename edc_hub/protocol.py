@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from . import keys
 from .errors import InputError
 from .section import (
+    ARCH,
     Above,
     Arguments,
     Decay,
@@ -29,10 +30,10 @@ class Student(Section):
     """A student that a plain name does not describe."""
 
     name: Name | None = Field(None, description="its name in tables; arch when not given")
-    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
-    args: Arguments = Field({}, description="arguments of the architecture")
-    stem: Literal["auto", "small", "standard"] = Field("auto", description="auto: small up to 64 px")
-    input_size: Positive | None = Field(None, description="side the network wants; views are resized to it")
+    arch: str = Field(description=ARCH)
+    args: Arguments = Field({}, description="arguments of the architecture (width, depth, norm, …)")
+    stem: Literal["auto", "small", "standard"] = Field("auto", description="first layer; auto: small up to 64 px")
+    input_size: Positive | None = Field(None, description="side it takes, in pixels; views are resized to it")
 
 
 class Ema(Section):
@@ -40,7 +41,7 @@ class Ema(Section):
 
     decay: Decay = Field(0.99, description="decay a step; 0: no average")
     bn: Literal["live", "averaged", "reestimated"] = Field(
-        "live", description="its BatchNorm buffers: the live network's | averaged too | measured on clean crops"
+        "live", description="its BatchNorm statistics: the live ones | averaged too | measured anew on clean crops"
     )
 
 
@@ -48,41 +49,41 @@ class Evaluation(Section):
     """The protocol a student is trained with."""
 
     protocol: str = Field("edc", description="a file of recipes/protocols; other keys stand above its values")
-    students: list[str | Student] = Field(["resnet18"], description="architectures, by name or with arguments")
+    students: list[str | Student] = Field(["resnet18"], description="plain names (see arch), or keys and values")
     labels: Literal["stored", "online", "mean", "hard"] = Field(
         "stored", description="stored views and labels | teachers label each batch | one soft label an image | classes"
     )
-    teachers: list[Network] = Field([], description="networks that label online; the observers of the run when empty")
+    teachers: list[Network] = Field([], description="networks that label online; the set's observers when empty")
     augment: Literal["set", "own", "none"] = Field(
-        "set", description="views as the set's were drawn | by the keys of evaluation.view | whole images"
+        "set", description="views drawn as the set's were | by the keys of evaluation.view | whole images"
     )
     shuffled: Literal["rows", "batches"] = Field(
-        "rows", description="stored views, of a label epoch: all shuffled | its batches are, each as it was mixed"
+        "rows", description="a label epoch's stored views: all shuffled | in the batches they were mixed in"
     )
-    view: ViewSettings = Field(ViewSettings(), description="views that are drawn while training, with augment: own")
+    view: ViewSettings = Field(ViewSettings(), description="how views are drawn where augment is own")
     loss: Literal["mse_ce", "kl", "cosine", "ce"] = Field(
-        "mse_ce", description="MSE on logits + ce_weight CE on the unmixed class | KL | 1 - cosine of logits | CE"
+        "mse_ce", description="MSE of logits + ce_weight CE, class unmixed | KL | 1 - cosine of logits | CE"
     )
-    ce_weight: Rate = Field(0.025, description="weight of cross-entropy against the unmixed class")
-    temperature: Above = Field(20.0, description="temperature of kl; its square is no factor")
-    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="one-dimensional parameters never decay")
+    ce_weight: Rate = Field(0.025, description="weight of the cross-entropy in mse_ce")
+    temperature: Above = Field(20.0, description="temperature of kl; the loss is not multiplied by its square")
+    optimizer: Literal["adamw", "adam", "sgd"] = Field("adamw", description="biases and norms never decay")
     lr: Rate = Field(1e-3, description="learning rate")
     weight_decay: Rate = Field(0.01, description="weight decay")
     momentum: Decay = Field(0.9, description="momentum of sgd")
     batch: Positive = Field(50, description="views a step")
     epochs: Positive = Field(1000, description="epochs")
     schedule: Literal["smooth", "ssrs", "multistep", "linear", "alrs"] = Field(
-        "smooth", description="of the learning rate, changed once an epoch (EDC section 3.3, appendix)"
+        "smooth", description="learning rate: cosine | cosine, then fast | steps | line | steps where the loss stands"
     )
-    zeta: Above = Field(2.0, description="smooth, ssrs, linear: zeta times the epochs to zero")
-    milestones: list[Fraction] = Field([0.8, 0.9, 0.95], description="multistep: parts of the epochs")
-    gamma: Fraction = Field(0.5, description="factor of multistep at each milestone, of alrs where the loss stands")
+    zeta: Above = Field(2.0, description="smooth, ssrs, linear head for zero at zeta x epochs")
+    milestones: list[Fraction] = Field([0.8, 0.9, 0.95], description="multistep: steps, as shares of the epochs")
+    gamma: Fraction = Field(0.5, description="factor of each step of multistep and alrs")
     ema: Ema = Field(Ema(), description="weight average")
     test_resize: Positive | None = Field(
         None, description="shorter side of test images before the centre crop; null: the images' own size"
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="arithmetic of students")
-    per_student: dict[str, dict[str, Any]] = Field({}, description="other values for single students, by their names")
+    per_student: dict[str, dict[str, Any]] = Field({}, description="keys of one student: {convnet3: {lr: 0.01}}")
 
     @model_validator(mode="after")
     def _unique(self):

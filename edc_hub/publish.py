@@ -24,10 +24,12 @@ from .versions import Version
 class Options(Section):
     """What `edc-hub publish` takes beside the run and the name; the token is HF_TOKEN's or that of `hf auth login`."""
 
-    tag: str | None = Field(None, description="v1.0.0; by the rules when not given: schema, data, card or results")
-    observers: str | None = Field(None, description="ORG/NAME: a model repository ORG/NAME-<observer> for each")
-    private: bool = Field(False, description="where the repository is made, only its owner sees it")
-    dry_run: bool = Field(False, description="print the operations with their sizes and the tag, write nothing")
+    tag: str | None = Field(
+        None, description="vMAJOR.MINOR.PATCH; else the next: major for other columns, minor for other rows, or patch"
+    )
+    observers: str | None = Field(None, description="ORG/NAME: publish each observer as a model ORG/NAME-<observer>")
+    private: bool = Field(False, description="make the repository private where it is new")
+    dry_run: bool = Field(False, description="print what would be sent, with sizes, and the tag; send nothing")
 
 
 def command(argv: list[str]) -> None:

@@ -41,6 +41,11 @@ Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
+ARCH = (  # the plain names are those of networks.py, which imports torch
+    "alexnet, convnet, convnet3, convnet4, convnext_tiny, deit_tiny, densenet121, efficientnet_b0, mobilenet_v2, "
+    "resnet18, resnet50, resnet101, shufflenet_v2, swin_tiny, vgg11_bn, wrn_16_2, timm/…, torchvision/…, "
+    "transformers/…"
+)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
@@ -63,7 +68,7 @@ class Train(Section):
     momentum: Decay = Field(0.9, description="momentum of SGD")
     weight_decay: Rate = Field(0.0, description="weight decay")
     schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate over the steps")
-    ema: Decay = Field(0.0, description="decay a step of the weight average that snapshots keep; 0: the weights")
+    ema: Decay = Field(0.0, description="decay a step of the weight average that is kept; 0: the weights")
     augment: Literal["none", "pad_crop", "rrc"] = Field("pad_crop", description="crop of each training image")
     pad: Count = Field(4, description="zero padding in pixels for pad_crop")
     crop_area: Area = Field([0.08, 1.0], description="area range of rrc (RandomResizedCrop)")
@@ -80,15 +85,15 @@ class Network(Section):
     """One observer: its architecture and where its weights come from."""
 
     name: Name = Field(description="unique name; stages refer to it as name or name@epoch")
-    arch: str = Field(description="architecture: one of ours, timm/…, torchvision/…, transformers/…")
+    arch: str = Field(description=ARCH)
     args: Arguments = Field({}, description="arguments of the architecture (width, depth, norm, …)")
     stem: Literal["auto", "small", "standard"] = Field(
         "auto", description="small: 3x3 stride-1 first convolution, no max-pool; auto: small up to 64 px"
     )
-    input_size: Positive | None = Field(None, description="side the network wants; images are resized to it")
+    input_size: Positive | None = Field(None, description="side it takes, in pixels; images are resized to it")
     mean: Channels | None = Field(None, description="normalisation of the network, if not the source's")
     std: Deviations | None = Field(None, description="normalisation of the network, if not the source's")
-    weights: str | None = Field(None, description="Hub id, .safetensors file or foreign .pth; not given: trained here")
+    weights: str | None = Field(None, description="Hub id, .safetensors or .pth file; trained here when not given")
     train: Train | None = Field(None, description="its training; keys not given are those of observers.train")
 
     @model_validator(mode="after")
@@ -109,14 +114,14 @@ def refuse_twins(networks: list[Network], key: str, noun: str) -> None:
 class ViewSettings(Section):
     """How a view of an image is drawn."""
 
-    view_size: Positive | None = Field(None, description="side of a view; the image size when not given")
-    crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop")
+    view_size: Positive | None = Field(None, description="side in pixels of a view; the image size when not given")
+    crop_area: Area = Field([0.5, 1.0], description="area range of a view's crop, as shares of the image")
     flip: bool = Field(True, description="mirror half of the views")
     rand_augment: Count = Field(0, description="RandAugment operations a view; 0: none")
-    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 31")
-    shuffle: Count = Field(0, description="strips a side that are shuffled first (RDED: factor); 0: none")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(9, description="RandAugment magnitude, of 0 to 30")
+    shuffle: Count = Field(0, description="strips across and down that are shuffled first (RDED: its factor); 0: none")
     mix: Literal["none", "cutmix", "mixup"] = Field("cutmix", description="how two views of a batch are mixed")
-    mix_alpha: Above = Field(1.0, description="both parameters of the Beta law of lambda")
+    mix_alpha: Above = Field(1.0, description="both parameters of the Beta law of lambda, the share of the first view")
     mix_shared: Literal["batch", "sample"] = Field("batch", description="one lambda and box a batch, or each its own")
 
 
@@ -127,13 +132,13 @@ class Flatness(Section):
     """Flatness regularisation, EDC section 3.2, Eq. 7 and Table 4."""
 
     kind: Literal["none", "logits", "statistics", "sam"] = Field(
-        "none", description="L'_FR: logits of the averaged images | L_FR: their statistics | sharpness-aware steps"
+        "none", description="off | logits of averaged images (L'_FR) | their statistics (L_FR) | sharpness-aware steps"
     )
     weight: Rate = Field(0.25, description="weight of the term (Table 4); sam has none")
     beta: Decay = Field(0.99, description="decay of the image average (Table 4; 0.999 for some rows of statistics)")
-    tau: Above = Field(4.0, description="temperature (Table 4)")
+    tau: Above = Field(4.0, description="temperature of the logits (Table 4)")
     direction: Literal["paper", "code"] = Field("paper", description="KL(X || EMA) as printed, or KL(EMA || X)")
-    reduction: Literal["batchmean", "mean"] = Field("batchmean", description="mean also divides by the classes")
+    reduction: Literal["batchmean", "mean"] = Field("batchmean", description="sum over classes | their mean")
     rho: Rate = Field(
         0.05,
         description="radius of sam: root mean square over the block, in units of std (Table 4 names none)",
@@ -152,7 +157,7 @@ class Curriculum(Section):
 
     kind: Literal["none", "cosine", "linear", "step"] = Field("none", description="way down; step: at the milestone")
     start: Fraction = Field(1.0, description="smallest area at the first step")
-    milestone: Fraction = Field(1.0, description="share of the iterations after which it is crop_area's")
+    milestone: Fraction = Field(1.0, description="share of the iterations after which crop_area holds")
 
 
 class Residual(Section):

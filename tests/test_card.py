@@ -286,8 +286,17 @@ def test_results_stand_between_their_marks_and_nothing_else_changes(dataset):
     measured = with_results(text, "| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n")
     assert "<!-- results -->\n| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n<!-- /results -->" in measured
     assert card.marked(measured, "results").endswith("\\1 |")
-    assert with_results(measured, "Not measured yet.") == text
+    assert with_results(measured, card.marked(text, "results")) == text
     assert DatasetCard(measured).data.to_dict() == DatasetCard(text).data.to_dict()
+
+
+def test_a_card_says_what_measures_it_and_tells_observers_of_one_architecture_apart(dataset):
+    text, manifest, evaluation = read(dataset)
+    for name, command in zip(card.MEASURED, ("evaluate --dataset RUN", "showcase RUN", "showcase RUN"), strict=True):
+        assert f"`edc-hub {command}`" in card.marked(text, name)
+    manifest["observers"][0]["args"] = {"depth": 3, "width": 64}
+    made = card.render(manifest, evaluation, "org/toy", old=text)
+    assert f"| {manifest['observers'][0]['arch']} `{{'depth': 3, 'width': 64}}` |" in made
 
 
 def test_results_come_at_the_end_of_a_card_that_has_no_place_for_them():

@@ -252,20 +252,19 @@ def test_wrong_values_for_a_method_are_answered_in_one_line(tmp_path, text, line
 # The matrix
 
 
-def matrix():
-    return runpy.run_path(str(ROOT / "benchmarks/matrix.py"))["markdown"]()
+MATRIX = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))
 
 
-def test_the_readme_shows_the_matrix_that_the_methods_files_give():
-    _, _, rest = (
-        (ROOT / "README.md").read_text(encoding="utf-8").partition("<!-- matrix: python benchmarks/matrix.py -->\n")
-    )
-    shown, end, _ = rest.partition("<!-- /matrix -->")
-    assert end and shown.strip() == matrix(), "write the output of python benchmarks/matrix.py into README.md"
+@pytest.mark.parametrize("place", MATRIX["PLACES"], ids=lambda path: path.parent.name)
+def test_the_matrix_is_the_one_that_the_methods_files_give(place):
+    text, tables = place.read_text(encoding="utf-8"), MATRIX["PLACES"][place]
+    assert MATRIX["markdown"](tables) in text, "run python benchmarks/matrix.py"
+    assert MATRIX["written"](text, tables) == text
 
 
 def test_the_matrix_has_a_row_a_method_and_as_many_cells_as_columns():
-    for table in matrix().split("\n\n"):
+    tables = [columns for tables in MATRIX["PLACES"].values() for columns in tables]
+    for table in MATRIX["markdown"](tables).split("\n\n"):
         rows = table.split("\n")
         assert {row.count(" | ") for row in rows} == {rows[0].count(" | ")}
         assert {row.split("`")[1] for row in rows[2:]} == set(recipes.methods())

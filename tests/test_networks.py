@@ -9,6 +9,7 @@ from torch import nn
 
 from edc_hub import architectures, networks
 from edc_hub.errors import InputError
+from edc_hub.section import ARCH
 
 
 PLAIN = {"seed": 0, "image_size": 32, "mean": [0.0] * 3, "std": [1.0] * 3}
@@ -36,6 +37,12 @@ SMALL = {
     "convnext_tiny": 28_589_128 - 96 * 3 * (16 - 4) - 769 * 990,
 }
 TORCHVISION = list(SMALL)[:8]
+
+
+def test_help_names_every_plain_network():
+    assert {name for name in ARCH.split(", ") if "/" not in name} == {*networks.OURS} - {
+        "shufflenet_v2_x0_5"
+    }  # a twin
 
 
 def parameters(network):

@@ -593,6 +593,14 @@ def test_reading_a_recipe_needs_no_torch():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_the_package_shows_what_it_offers_and_needs_no_torch_for_it():
+    program = (
+        "import sys, edc_hub; print(dir(edc_hub)); assert 'torch' not in sys.modules; from edc_hub import *; Task"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stdout == "['CondensedSet', 'Task', '__version__']\n"
+
+
 def test_field_defaults_are_a_recipe_but_for_observers():
     assert recipes.resolve({"observers": {"networks": [{"name": "a", "arch": "resnet18"}]}}).name == Recipe().name
 

@@ -341,4 +341,5 @@ def test_help_lists_the_keys_of_the_images_and_of_the_recipe(capsys):
         relabel.main(["--help"])
     out = capsys.readouterr().out
     assert left.value.code == 0
+    assert out.count("  --ipc ") == 1 and "images of each class to take" in out
     assert "--label_column  text or null" in out and "--images.format" in out and "--relabel.epochs" in out
