@@ -32,6 +32,20 @@ PAIRS = {"hard": ("hard_mixed", "hard_unmixed"), "real": ("real_mixed", "real_un
 WEIGHTS = ("live", "ema")
 
 
+def percent(mean: float, std: float | None, sign: str = "") -> str:
+    """Fractions for readers, `52.1 ± 0.4`, or `52.1` without a spread; sign "+": `+3.2 ± 0.4`."""
+    return f"{100 * mean:{sign}.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def amount(count: int) -> str:
+    """A number of bytes for readers, `1.36 MB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
 class Outcome(NamedTuple):
     """One trained student."""
 
