@@ -9,7 +9,6 @@ would add it, and grow without bound as their step shrinks.)
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -142,7 +141,7 @@ def along_synthesis(
     in units of the source's std. All is in float32, whatever the run's precision. `difference` is how far the block
     ends from the images of the set: their mean absolute difference, of 255.
     """
-    session, section = replace(session, dtype=torch.float32), recipe.synthesize
+    session, section = session.with_precision("float32"), recipe.synthesize
     chosen = selected(recipe, section.observers)
     name, (ids, labels) = next(iter(synthesize.blocks(recipe, len(real.names)).items()))
     generator = work.generator(recipe.seed, synthesize.STAGE, name)

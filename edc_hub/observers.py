@@ -187,8 +187,7 @@ def _train(
         training.restore(state)
         kept = {epoch: part(state, f"kept/{epoch}/") for epoch in recipe.snapshots(net) if epoch * steps <= first}
     bar = session.bar(total=section.epochs * steps, initial=first, desc=net.name, unit="step", leave=False)
-    cuda = [session.device] if session.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
+    with bar, session.own_draws():  # of dropout
         for epoch in range(first // steps, section.epochs):
             rng = generator(seed, STAGE, f"epoch {epoch}")
             order = rows[torch.randperm(len(rows), generator=rng)][: len(rows) - last]

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from . import labels, observers, recipes, source
@@ -75,7 +74,7 @@ class Teachers:
     @property
     def _own_session(self) -> Session:
         """With the arithmetic that the observers were made with, whatever the students'."""
-        return replace(self._session, dtype=getattr(torch, self._recipe.precision))
+        return self._session.with_precision(self._recipe.precision)
 
     def labellers(self) -> tuple[Recipe, observers.Observers, Session]:
         """The recipe by which they label, with their networks; the networks; and a session with their arithmetic."""
