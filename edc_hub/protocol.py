@@ -13,6 +13,7 @@ from .errors import InputError
 from .section import (
     Above,
     Arguments,
+    Batch,
     Decay,
     Fraction,
     Name,
@@ -69,7 +70,7 @@ class Evaluation(Section):
     lr: Rate = Field(1e-3, description="learning rate")
     weight_decay: Rate = Field(0.01, description="weight decay")
     momentum: Decay = Field(0.9, description="momentum of sgd")
-    batch: Positive = Field(50, description="views a step")
+    batch: Batch = Field(50, description="views a step")
     epochs: Positive = Field(1000, description="epochs")
     schedule: Literal["smooth", "ssrs", "multistep", "linear", "alrs"] = Field(
         "smooth", description="of the learning rate, changed once an epoch (EDC section 3.3, appendix)"

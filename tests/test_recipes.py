@@ -535,7 +535,7 @@ def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatc
         ),
         (
             "--observers.train.batch 1",
-            "observers.train.batch: 1 for convnet_d3, and BatchNorm has no statistics of one",
+            "observers.train.batch: expected at least 2, got 1",
         ),
     ],
 )
