@@ -25,10 +25,10 @@ from . import (
     disk,
     documents,
     encoding,
-    hub,
     likeness,
     manifest,
     recipes,
+    remote,
     tables,
     terms,
     views,
@@ -38,7 +38,6 @@ from .contents import BESIDE, OBSERVERS
 from .errors import InputError
 from .labels import Labels
 from .recipe import Recipe, Relabel
-from .remote import Parquet
 from .views import ViewTable
 
 
@@ -158,7 +157,7 @@ class CondensedSet:
         self,
         manifest: dict[str, Any],
         fetch: Callable[[str], Path],
-        remote: Callable[[list[str]], Parquet] | None = None,
+        remote: Callable[[list[str]], remote.Parquet] | None = None,
         views: str = "soft_labels",
     ):
         self.manifest, self._fetch, self._remote, self._views = manifest, fetch, remote, views
@@ -182,8 +181,8 @@ class CondensedSet:
             folder = Path(os.path.abspath(place))  # a run is looked for above it
             fetch, streaming = lambda _: folder, False
         else:
-            folder = hub.fetch(place, revision, "manifest.json")
-            fetch = partial(hub.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
+            folder = remote.fetch(place, revision, "manifest.json")
+            fetch = partial(remote.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
         path = folder / "manifest.json"
         if not path.is_file():
             inside = Path(place) / "dataset"
@@ -196,7 +195,7 @@ class CondensedSet:
             if "full_epochs" not in soft:
                 raise InputError(f"{place}: it has no soft_labels_full; leave out full, or make it with relabel.full")
             facts["soft_labels"] = {**soft, **codecs.facts(Relabel()), "epochs": soft["full_epochs"]}
-        return cls(facts, fetch, partial(Parquet, place, folder.name) if streaming else None, config)
+        return cls(facts, fetch, partial(remote.Parquet, place, folder.name) if streaming else None, config)
 
     def __repr__(self) -> str:
         count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
@@ -251,7 +250,7 @@ class CondensedSet:
         return pyarrow.dataset.dataset(self._files("images")).to_table()
 
     @cached_property
-    def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
+    def _labelled(self) -> pyarrow.dataset.Dataset | remote.Parquet:
         if self._remote:
             return self._remote([path for path in self.manifest["files"] if path.startswith(f"{self._views}/")])
         return pyarrow.dataset.dataset(self._files(self._views))

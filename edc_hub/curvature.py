@@ -22,7 +22,8 @@ from .initialize import Initial
 from .objective import Observed
 from .observers import Observers
 from .realset import RealSet
-from .recipe import Recipe, Synthesize, selected, title
+from .recipe import Recipe, Synthesize
+from .selection import selected, title
 from .space import Space
 from .taps import Taps
 from .targets import Moments

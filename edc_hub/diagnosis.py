@@ -20,7 +20,8 @@ from .errors import InputError
 from .feed import Batch, Stored
 from .networks import Network
 from .observers import Observers
-from .recipe import Recipe, roles, selected, title
+from .recipe import Recipe
+from .selection import roles, selected, title
 from .sites import KINDS
 from .targets import Moments, Targets
 from .trials import Bench, Trial

@@ -17,7 +17,8 @@ from .networks import Network
 from .observers import Observers
 from .pixels import View
 from .realset import RealSet
-from .recipe import Recipe, selected
+from .recipe import Recipe
+from .selection import selected
 from .sites import Kind
 from .taps import Layout, Taps
 from .targets import STAGE, VERSION, Key, Moments

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from .errors import InputError
 from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
-from .recipe import Recipe, selected, title
+from .recipe import Recipe
+from .selection import selected, title
 from .versions import NUMBERED
 
 

@@ -19,7 +19,8 @@ from .moments import of_images
 from .networks import Network
 from .objective import AVERAGED, Objective, Observed
 from .observers import Observers
-from .recipe import Recipe, Synthesize, selected
+from .recipe import Recipe, Synthesize
+from .selection import selected
 from .slope import Slope
 from .source import RealSet
 from .space import Space

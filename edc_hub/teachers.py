@@ -12,7 +12,8 @@ from .feed import Teach
 from .networks import Network
 from .protocol import Evaluation
 from .recipe import Network as Section
-from .recipe import Recipe, Source, selected, title
+from .recipe import Recipe, Source
+from .selection import selected, title
 from .views import ViewTable
 from .work import Kept, Session
 

@@ -15,7 +15,8 @@ from edc_hub import condense, keys, methods, recipes
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
-from edc_hub.recipe import Recipe, selected
+from edc_hub.recipe import Recipe
+from edc_hub.selection import selected
 
 
 PAPERS = ["imagenet1k", "tiny-imagenet", "cifar100", "cifar10"]

@@ -10,7 +10,8 @@ from timm.data import ImageNetInfo
 
 from edc_hub import cli, documents, keys, recipes
 from edc_hub.errors import InputError
-from edc_hub.recipe import Recipe, selected
+from edc_hub.recipe import Recipe
+from edc_hub.selection import selected
 
 
 PAPER = ["imagenet1k", "imagenet10", "tiny-imagenet", "cifar100", "cifar10"]  # Tables 6 to 10, in this order
