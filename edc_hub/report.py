@@ -43,7 +43,7 @@ def table(results: dict[str, Any]) -> str:
     """Plain text for a terminal, at most WIDTH wide."""
     parts = [_filled(f"{name}: {text}") for name, text in _facts(results["about"]).items()]
     for student, own in results["students"].items():
-        width = max(map(len, ROWS.values()))
+        width = max(len(row.title) for row in ROWS.values())
         head = f"{student[-width:]:<{width}}{'n':>5}{'live':>13}{'EMA':>13}{'images':>10}{'bytes':>10}"
         parts += ["", head, "-" * len(head)]
         for line in _lines(results, student):
@@ -99,7 +99,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     about, own = results["about"], results["students"][student]
     steps = _steps(own["rows"].get("set"))
-    for row, title in ROWS.items():
+    for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
             yield Line(title, missing=about["unavailable"].get(row, "not measured"))
             continue
@@ -194,7 +194,7 @@ def curves(panels: dict[str, dict[str, list[Tensor]]]) -> bytes:
         axis.set_axisbelow(True)
     for axis in grid[-1]:
         axis.set_xlabel("epoch", fontsize=9)
-    handles = [Line2D([], [], label=ROWS[row], **_STYLES[row]) for row in shown]
+    handles = [Line2D([], [], label=ROWS[row].title, **_STYLES[row]) for row in shown]
     columns = 4 if measured else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     picture = io.BytesIO()

@@ -90,7 +90,7 @@ def _grid(parsed: Parsed, every: list[Line], block: Block) -> list[list[list[str
         head.append([*names, *["paper"] * paper])
     grid = [[*head, ["bytes"]]]
     for row in parsed.sweep.rows:
-        for trained, title in ROWS.items():
+        for trained, (title, *_) in ROWS.items():
             own = [by_place.get((row, column, student, trained)) for _, column, student in block.columns]
             if not any(own):
                 continue
