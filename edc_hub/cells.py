@@ -91,7 +91,7 @@ class Parsed(NamedTuple):
 
 
 def parse(argv: list[str]) -> Parsed:
-    """The sweep of a command line, every cell resolved. `--help` prints to stdout and exits with 0.
+    """The sweep of a command line, every cell resolved.
 
     Raises InputError, naming row and column, on anything that looking at recipes can find.
     """

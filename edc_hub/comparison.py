@@ -67,7 +67,7 @@ class Parsed(NamedTuple):
 
 
 def parse(argv: list[str]) -> Parsed:
-    """What a command line asks for, with the sets it names opened. `--help` prints to stdout and exits with 0.
+    """What a command line asks for, with the sets it names opened.
 
     Layers: field default < the set's own recipe (or, where another protocol is named, that protocol) < the recipe
     file < the command line. Raises InputError on anything wrong.

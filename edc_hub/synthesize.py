@@ -32,7 +32,7 @@ STAGE, VERSION = "blocks", 1
 LATER = ("tv", "l2", "curriculum", "sizes", "mix", "mix_alpha", "pick", "together", "residual")  # keys since version 1
 
 
-def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
+def cut(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
     """Image ids of each block, int64. An image's id is `class * ipc + k`.
 
     `class_major` cuts 0, 1, 2, … into blocks; `across_class` takes the first image of every class, then the second.
@@ -46,7 +46,7 @@ def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
 def blocks(recipe: Recipe, classes: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each block, by the name of its unit of work: its image ids and the labels of their pictures, both int64."""
     found, section = {}, recipe.synthesize
-    for index, ids in enumerate(plan(classes, recipe.ipc, section.block, section.block_order)):
+    for index, ids in enumerate(cut(classes, recipe.ipc, section.block, section.block_order)):
         labels = (ids // recipe.ipc).repeat_interleave(recipe.images.grid**2)
         found[f"{recipe.name}-ipc{recipe.ipc}-{index:05d}"] = ids, labels
     return found

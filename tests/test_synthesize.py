@@ -130,7 +130,7 @@ def test_pixels_stay_in_the_unit_range_and_are_rounded_not_cut():
 
 @pytest.mark.parametrize("order", ["class_major", "across_class"])
 def test_every_image_is_in_exactly_one_block(order):
-    blocks = synthesize.plan(classes=7, ipc=3, block=5, order=order)
+    blocks = synthesize.cut(classes=7, ipc=3, block=5, order=order)
     assert sorted(torch.cat(blocks).tolist()) == list(range(21))
     assert [len(block) for block in blocks] == [5, 5, 5, 5, 1]
     first = (blocks[0] // 3).tolist()
