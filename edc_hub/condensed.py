@@ -38,6 +38,7 @@ from .contents import BESIDE, OBSERVERS
 from .errors import InputError
 from .labels import Labels
 from .recipe import Recipe, Relabel
+from .remote import Parquet
 from .views import ViewTable
 
 
@@ -157,7 +158,7 @@ class CondensedSet:
         self,
         manifest: dict[str, Any],
         fetch: Callable[[str], Path],
-        remote: Callable[[list[str]], remote.Parquet] | None = None,
+        remote: Callable[[list[str]], Parquet] | None = None,
         views: str = "soft_labels",
     ):
         self.manifest, self._fetch, self._remote, self._views = manifest, fetch, remote, views
@@ -195,7 +196,7 @@ class CondensedSet:
             if "full_epochs" not in soft:
                 raise InputError(f"{place}: it has no soft_labels_full; leave out full, or make it with relabel.full")
             facts["soft_labels"] = {**soft, **codecs.facts(Relabel()), "epochs": soft["full_epochs"]}
-        return cls(facts, fetch, partial(remote.Parquet, place, folder.name) if streaming else None, config)
+        return cls(facts, fetch, partial(Parquet, place, folder.name) if streaming else None, config)
 
     def __repr__(self) -> str:
         count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
@@ -250,7 +251,7 @@ class CondensedSet:
         return pyarrow.dataset.dataset(self._files("images")).to_table()
 
     @cached_property
-    def _labelled(self) -> pyarrow.dataset.Dataset | remote.Parquet:
+    def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
         if self._remote:
             return self._remote([path for path in self.manifest["files"] if path.startswith(f"{self._views}/")])
         return pyarrow.dataset.dataset(self._files(self._views))

@@ -11,7 +11,7 @@ from . import disk, published
 from .cells import Cell, Parsed
 from .protocol import named_students
 from .published import Reported
-from .results import ROWS, amount, percent
+from .results import ROWS, WEIGHTS, amount, percent
 
 
 WIDTH = 120
@@ -205,13 +205,10 @@ def table(every: list[Line]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_COLUMNS, "missing", "paper", "paper std", "as", "where"])
     for line in every:
-        figures = [
-            value for name in ("live", "ema") for value in line.figures.get(name, {"mean": None, "std": None}).values()
-        ]
+        figures = [line.figures.get(name, {}).get(key) for name in WEIGHTS for key in ("mean", "std")]
         shown = [None if value is None else round(100 * value, 2) for value in figures]
-        theirs = (
-            [line.paper.accuracy, line.paper.std, line.paper.taken, line.paper.where] if line.paper else [None] * 4
-        )
+        paper = line.paper
+        theirs = [paper.accuracy, paper.std, paper.taken, paper.where] if paper else [None] * 4
         own = [line.row, line.column, line.student, line.trained, line.n, *shown, line.bytes, line.protocol]
         writer.writerow([*own, line.missing, *theirs])
     return file.getvalue()
@@ -247,15 +244,8 @@ def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
                     mean, std = (100 * (line.figures[weights][key] or 0) for key in ("mean", "std"))
                     axis.errorbar(mean, place, xerr=std, fmt="o", color="#0072b2", capsize=2, markersize=5)
                 beside = " | ".join(filter(None, [_ours(line, weights), _theirs(line.paper)]))
-                axis.text(
-                    1.02,
-                    place,
-                    beside,
-                    transform=axis.get_yaxis_transform(),
-                    va="center",
-                    fontsize=7,
-                    parse_math=False,
-                )
+                style = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7, "parse_math": False}
+                axis.text(1.02, place, beside, **style)
             axis.set_title(", ".join(filter(None, [block.title, heading])), loc="left", fontsize=9, parse_math=False)
             axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
             axis.spines[["top", "right"]].set_visible(False)
