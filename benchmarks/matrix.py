@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from edc_hub import recipes
-from edc_hub.recipe import Recipe, selected
+from edc_hub.recipe import Recipe
+from edc_hub.selection import selected
 
 
 LARGE, SMALL, IPC = "imagenet1k", "cifar10", 10

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from . import codecs, recipes, snippets, terms
+from . import codecs, recipes, results, snippets, terms
 from .errors import InputError
 from .recipe import Evaluation
 from .tables import Written
@@ -102,7 +102,7 @@ def _rendered(
         source_link=f"[{name}]({source['link']})" if source["link"] else name,
         origin=origin[control],
         grid_text=grid,
-        bytes=amount,
+        bytes=results.amount,
         configs=_sizes(manifest),
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
         repo=repo,
@@ -254,15 +254,6 @@ def _sizes(manifest: dict[str, Any]) -> dict[str, dict[str, int]]:
         rows, size = (sum(file[key] for file in files) for key in ("rows", "bytes"))
         found[config] = {"rows": rows, "files": len(files), "bytes": size}
     return found
-
-
-def amount(count: int) -> str:
-    """A number of bytes for readers, `1.36 MB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
 
 
 def grid_rows(classes: int, ipc: int, *, pairs: bool) -> tuple[Tensor, tuple[int, int]]:

@@ -19,7 +19,7 @@ from .errors import InputError, naming
 from .protocol import Student, named_students
 from .published import Paper
 from .recipe import Recipe
-from .section import Count, Section
+from .section import Count, Distinct, Section
 
 
 if TYPE_CHECKING:
@@ -41,13 +41,13 @@ _ELSEWHERE = {  # keys that no cell may have of its own, and where they go
 class Choices(Section):
     """What a command line may change besides the recipe's keys."""
 
-    set_seeds: list[Count] = Field([0], description="seeds of the sets; each is a run of condense")
-    seeds: list[Count] = Field([0, 1, 2], description="seeds of the students, each trained on each set")
+    set_seeds: Distinct[Count] = Field([0], description="seeds of the sets; each is a run of condense")
+    seeds: Distinct[Count] = Field([0, 1, 2], description="seeds of the students, each trained on each set")
     split: Literal["test", "holdout"] = Field("test", description="what accuracy is measured on; holdout for choices")
     controls: list[Literal["initial", "random", "hard", "real"]] = Field(
         [], description="rows beside each set: initial images, random real images, hard labels, real of equal bytes"
     )
-    weights: list[Literal["ema", "live"]] = Field(
+    weights: Distinct[Literal["ema", "live"]] = Field(
         ["ema"], description="weights that the table shows; the CSV has both"
     )
     students: list[str | Student] | None = Field(None, description="short for evaluation.students")
@@ -91,7 +91,7 @@ class Parsed(NamedTuple):
 
 
 def parse(argv: list[str]) -> Parsed:
-    """The sweep of a command line, every cell resolved. `--help` prints to stdout and exits with 0.
+    """The sweep of a command line, every cell resolved.
 
     Raises InputError, naming row and column, on anything that looking at recipes can find.
     """
@@ -113,10 +113,6 @@ def parse(argv: list[str]) -> Parsed:
 
 def _model(content: dict[str, Any]) -> Sweep:
     sweep = keys.validated(Sweep, content)
-    for name in ("set_seeds", "seeds", "weights"):
-        values = getattr(sweep, name)
-        if not values or len(set(values)) < len(values):
-            raise InputError(f"{name}: {values}; give at least one, and each once")
     if not sweep.rows:
         raise InputError("rows: none given; write e.g. rows: {edc: {method: edc}, random: {method: random}}")
     for label in (*sweep.rows, *sweep.columns):

@@ -12,7 +12,7 @@ from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
 from .protocol import Evaluation, Student
 from .recipe import Recipe, Source
-from .section import Count, Positive, Rate, Section, Threads
+from .section import Count, Distinct, Positive, Rate, Section, Threads
 
 
 if TYPE_CHECKING:  # torch is imported once the keys are known to be right
@@ -32,7 +32,7 @@ class Comparison(Section):
     dataset: list[str] = Field([], description="run, folder or ORG/NAME; several: one recipe's sets of other seeds")
     revision: str | None = Field(None, description="tag, branch or commit of sets on the Hub")
     split: Literal["test", "holdout"] = Field("test", description="what accuracy is measured on; holdout for choices")
-    seeds: list[Count] = Field([0, 1, 2], description="seeds of the students; each is trained on each set")
+    seeds: Distinct[Count] = Field([0, 1, 2], description="seeds of the students; each is trained on each set")
     controls: list[Literal["initial", "random", "hard", "real"]] = Field(
         ["initial", "random", "hard", "real"],
         description="(i) initial images, (ii) random real images, (iii) hard labels, (iv) real images of equal bytes",
@@ -67,7 +67,7 @@ class Parsed(NamedTuple):
 
 
 def parse(argv: list[str]) -> Parsed:
-    """What a command line asks for, with the sets it names opened. `--help` prints to stdout and exits with 0.
+    """What a command line asks for, with the sets it names opened.
 
     Layers: field default < the set's own recipe (or, where another protocol is named, that protocol) < the recipe
     file < the command line. Raises InputError on anything wrong.
@@ -91,10 +91,6 @@ def resolve(given: dict[str, Any]) -> Parsed:
     asked = keys.validated(Comparison, given)
     if not asked.dataset:
         raise InputError("dataset: none given; write --dataset FOLDER or --dataset ORG/NAME")
-    if not asked.seeds:
-        raise InputError("seeds: an empty list; write e.g. --seeds 0,1,2")
-    if len(set(asked.seeds)) < len(asked.seeds):
-        raise InputError(f"seeds: one is given twice in {asked.seeds}; give each once")
     folders = [place for place in asked.dataset if disk.local(place, "dataset").is_dir()]
     if asked.revision and folders:
         raise InputError(f"revision: {folders[0]} is a folder, and only sets on the Hub have revisions; remove it")

@@ -25,10 +25,10 @@ from . import (
     disk,
     documents,
     encoding,
-    hub,
     likeness,
     manifest,
     recipes,
+    remote,
     tables,
     terms,
     views,
@@ -182,8 +182,8 @@ class CondensedSet:
             folder = Path(os.path.abspath(place))  # a run is looked for above it
             fetch, streaming = lambda _: folder, False
         else:
-            folder = hub.fetch(place, revision, "manifest.json")
-            fetch = partial(hub.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
+            folder = remote.fetch(place, revision, "manifest.json")
+            fetch = partial(remote.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
         path = folder / "manifest.json"
         if not path.is_file():
             inside = Path(place) / "dataset"

@@ -9,7 +9,6 @@ would add it, and grow without bound as their step shrinks.)
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,8 @@ from .initialize import Initial
 from .objective import Observed, pick
 from .observers import Observers
 from .realset import RealSet
-from .recipe import Recipe, Synthesize, selected, title
+from .recipe import Recipe, Synthesize
+from .selection import selected, title
 from .space import Space
 from .taps import Taps
 from .targets import Moments
@@ -142,7 +142,7 @@ def along_synthesis(
     in units of the source's std. All is in float32, whatever the run's precision. `difference` is how far the block
     ends from the images of the set: their mean absolute difference, of 255.
     """
-    session, section = replace(session, dtype=torch.float32), recipe.synthesize
+    session, section = session.with_precision("float32"), recipe.synthesize
     chosen = selected(recipe, section.observers)
     name, (ids, labels) = next(iter(synthesize.blocks(recipe, len(real.names)).items()))
     generator = work.generator(recipe.seed, synthesize.STAGE, name)

@@ -20,9 +20,9 @@ from .errors import InputError
 from .feed import Batch, Stored
 from .networks import Network
 from .observers import Observers
-from .recipe import Recipe, roles, selected, title
+from .recipe import Recipe
+from .selection import roles, selected, title
 from .sites import KINDS
-from .taps import Taps
 from .targets import Moments, Targets
 from .trials import Bench, Trial
 from .work import Session
@@ -96,7 +96,7 @@ def gradients(bench: Bench, student: str, sizes: list[int], steps: int) -> dict[
             found.append({"batch": size, "mean": values.mean().item(), "std": values.std().item(), "n": len(values)})
         return [*found, {"batch": count, "mean": 1.0, "std": 0.0, "n": 1}]  # the whole set
 
-    with torch.random.fork_rng([session.device] if session.device.type == "cuda" else []):
+    with session.own_draws():
         torch.manual_seed(0)  # dropout
         points = [{"steps": 0, "sizes": look()}]
         learner.begin(section.lr)
@@ -125,10 +125,7 @@ def class_distances(
     form of EDC's Eq. 5, averaged over the layers of a kind. Variances are exact, of all values of the class together.
     Args: images uint8 (B, 3, s, s); classes int64 (B,), those of `targets.class_ids`.
     """
-    taps = Taps(network, patch=recipe.moments.patch, layers=KINDS)
-    taps.shift = targets.global_mean
-    parts = [moments.forward(network, taps, part, session) for part in images.split(recipe.moments.batch)]
-    first, second = (torch.cat(each) for each in zip(*parts, strict=True))
+    first, second = moments.of_images(network, images, targets.global_mean, KINDS, recipe, session)
     members = (targets.class_ids[:, None] == classes.to(session.device)).float()
     mean, var = matching.group(first, second, targets.global_mean, members / members.sum(1, keepdim=True))
     apart = torch.stack([mean - targets.class_mean, var - targets.class_var])

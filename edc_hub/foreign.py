@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import disk, hub, pixels, recipe, source
+from . import disk, pixels, recipe, remote, source
 from .errors import InputError
 from .source import RealSet
 
@@ -62,7 +62,7 @@ def _flags(given: "Given") -> str:
 
 
 def _grid(place: str, commit: str | None) -> int:
-    folder = hub.fetch(place, commit, "manifest.json") if commit else disk.local(place, "images")
+    folder = remote.fetch(place, commit, "manifest.json") if commit else disk.local(place, "images")
     try:
         return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["decode"]["grid"]
     except (OSError, ValueError, KeyError, TypeError):  # no file of ours

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from . import arguments, disk, keys, recipes
 from .errors import InputError
-from .recipe import Recipe, selected
+from .recipe import Recipe
 from .section import Numbered, Positive, Section
+from .selection import selected
 
 
 class Given(Section):

@@ -19,8 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import canvas, codecs, tables, views, work
 from .errors import InputError
-from .recipe import Recipe, Relabel, selected, users
+from .recipe import Recipe, Relabel
 from .recorded import Recorded
+from .selection import selected, users
 from .views import ViewTable
 from .work import Progress, Session, Store, Unit
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from . import __version__, canvas, codecs, disk, randaugment, views
 from .errors import InputError
-from .recipe import Recipe, roles, title
+from .recipe import Recipe
+from .selection import roles, title
 from .tables import Written
 
 

@@ -53,7 +53,7 @@ class Task(NamedTuple):
     real: "RealSet"
     """The real set: `names` of the C classes, `labels` int64, `rows(label)`, `images(rows)` uint8 (n, 3, s, s)."""
     observers: "Observers"
-    """`load(name, epoch)` gives a frozen network, (B, 3, s, s) in [0, 1] to logits (B, C); see `recipe.selected`."""
+    """`load(name, epoch)` gives a frozen network, (B, 3, s, s) in [0, 1] to logits (B, C); see selection.py."""
     initial: "Initial"
     """`images` uint8 (C*IPC, 3, s, s), class-major; `source_rows` int32."""
     session: "Session"
@@ -132,7 +132,8 @@ def obtain(
     Raises InputError for a result of another kind.
     """
     from . import work
-    from .recipe import Images, snapshots
+    from .recipe import Images
+    from .selection import snapshots
 
     unseen = {name: Recipe.model_fields[name].default for name in (*_LATER, *_RUNTIME)}
     seen = recipe.model_copy(update=unseen | {"images": Images(grid=recipe.images.grid)})

@@ -5,6 +5,7 @@ over channels and positions. Kept are n_c, mean_c = avg m_i, within_c = avg v_i 
 what images are asked to have follows from these (targets.py).
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -16,7 +17,9 @@ from .networks import Network
 from .observers import Observers
 from .pixels import View
 from .realset import RealSet
-from .recipe import Recipe, selected
+from .recipe import Recipe
+from .selection import selected
+from .sites import Kind
 from .taps import Layout, Taps
 from .targets import STAGE, VERSION, Key, Moments
 from .work import Progress, Session, Unit
@@ -139,6 +142,20 @@ def forward(network: Network, taps: Taps, images: Tensor, session: Session) -> t
     with torch.no_grad(), session.autocast(), taps:
         network(images.to(session.device).float() / 255)
     return taps.collect()
+
+
+def of_images(
+    network: Network, images: Tensor, shift: Tensor, layers: Sequence[Kind], recipe: Recipe, session: Session
+) -> tuple[Tensor, Tensor]:
+    """Moments (n, F) about `shift` (F,), float32 on the device, of images uint8 (n, 3, s, s), a few at a time.
+
+    `layers` are kinds of them, as in `synthesize.layers`.
+    """
+    taps = Taps(network, patch=recipe.moments.patch, layers=layers)
+    taps.shift = shift
+    parts = [forward(network, taps, part, session) for part in images.split(recipe.moments.batch)]
+    first, second = (torch.cat(each) for each in zip(*parts, strict=True))
+    return first, second
 
 
 def class_sums(first: Tensor, second: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

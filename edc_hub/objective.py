@@ -107,7 +107,7 @@ def pick(observed: list[Observed], section: Synthesize, step: int, generator: to
     return tuple(drawn.tolist())
 
 
-class Drawn(NamedTuple):
+class Draws(NamedTuple):
     """All that a step draws, once for all its losses."""
 
     crop: Callable[[Tensor], Tensor]
@@ -127,16 +127,16 @@ class Objective:
         self.observed, self.labels, self.section = observed, labels, recipe.synthesize
         self.space, self.size, self.grid = Space(recipe.source, device), recipe.source.size, recipe.images.grid
 
-    def draw(self, step: int, generator: torch.Generator) -> Drawn:
+    def draw(self, step: int, generator: torch.Generator) -> Draws:
         """What a step draws, in this order: its view, who sees it, how it is mixed, and what these leave out."""
         section, among = self.section, len(self.observed)
         crop = Crop(self.size, section, generator, step, among)
         chosen = pick(self.observed, section, step, generator)
         mix = Mix(section, len(self.labels), crop.size, self.space.mean, generator)
         dropped = tuple(self.observed[index].matcher.drop(generator) for index in chosen)
-        return Drawn(crop, mix, chosen, dropped)
+        return Draws(crop, mix, chosen, dropped)
 
-    def loss(self, drawn: Drawn, z: Tensor, average: Tensor, keep: bool = False) -> Tensor:
+    def loss(self, drawn: Draws, z: Tensor, average: Tensor, keep: bool = False) -> Tensor:
         """The loss of a step at z (B, 3, s, s), a scalar: same draws and z, same loss.
 
         `average` (B, 3, s, s) is X_EMA, with this step's images in it. It and z are canvases of grid x grid pictures,
@@ -162,5 +162,5 @@ class Objective:
             total = total + section.l2 * matching.mean_norm(seen)
         return total
 
-    def _view(self, drawn: Drawn, z: Tensor) -> Tensor:
+    def _view(self, drawn: Draws, z: Tensor) -> Tensor:
         return drawn.mix(drawn.crop(self.space.to_x(canvas.decode(z, self.grid))))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
-from . import methods, networks, recipe, weights
+from . import methods, networks, recipe, selection, weights
 from .errors import InputError, naming
 from .networks import Network
 from .pixels import View
@@ -101,7 +101,7 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
         return tensors, facts
 
-    matched = dict(recipe.users(given).get("synthesize", []))
+    matched = dict(selection.users(given).get("synthesize", []))
     if matched and methods.find(given.method):  # which nobody asks for where observers only label
         matched = {}
     for unit in units.values():
@@ -185,10 +185,9 @@ def _train(
     if (state := progress.load()) is not None:
         first = int(state["step"])
         training.restore(state)
-        kept = {epoch: part(state, f"kept/{epoch}/") for epoch in recipe.snapshots(net) if epoch * steps <= first}
+        kept = {epoch: part(state, f"kept/{epoch}/") for epoch in selection.snapshots(net) if epoch * steps <= first}
     bar = session.bar(total=section.epochs * steps, initial=first, desc=net.name, unit="step", leave=False)
-    cuda = [session.device] if session.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
+    with bar, session.own_draws():  # of dropout
         for epoch in range(first // steps, section.epochs):
             rng = generator(seed, STAGE, f"epoch {epoch}")
             order = rows[torch.randperm(len(rows), generator=rng)][: len(rows) - last]
@@ -206,7 +205,7 @@ def _train(
                 bar.update()
                 if step % 50 == 0:
                     bar.set_postfix(epoch=epoch + 1, loss=f"{before.item():.3f}", refresh=False)
-                if step + 1 == (epoch + 1) * steps and epoch + 1 in recipe.snapshots(net):
+                if step + 1 == (epoch + 1) * steps and epoch + 1 in selection.snapshots(net):
                     if training.average:
                         seen = real.batches(
                             order[: BN_STEPS * section.batch], section.batch, view=_view(section, view_seed)
@@ -267,11 +266,11 @@ def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session
 
 def _report(given: recipe.Recipe, observers: Observers, session: Session, names: set[str]) -> None:
     """Prints the accuracy of those of `names` that are in use and refuses those that see next to nothing."""
-    in_use = [entry for entries in recipe.users(given).values() for entry in entries if entry[0] in names]
+    in_use = [entry for entries in selection.users(given).values() for entry in entries if entry[0] in names]
     for name, epoch in dict.fromkeys(in_use):
         facts = observers.facts(name, epoch)
         accuracy, classes = facts["accuracy"], facts["classes"]
-        label = recipe.title(name, epoch)
+        label = selection.title(name, epoch)
         session.report(f"  {label:<24}{accuracy:>8.1%} of the training images  {facts['arch']}, {facts['stem']} stem")
         if accuracy < (least := least_accuracy(classes)):
             trained = ", or its lr and epochs (and ema)" if epoch else ""

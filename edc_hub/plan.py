@@ -30,9 +30,10 @@ from . import (
 )
 from .networks import Network
 from .objective import Objective, Observed
-from .recipe import Recipe, users
+from .recipe import Recipe
 from .recorded import PLAIN, Recorded
 from .section import Network as Section
+from .selection import users
 from .slope import Slope
 from .source import RealSet
 from .taps import Taps

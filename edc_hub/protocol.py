@@ -14,6 +14,7 @@ from .section import (
     ARCH,
     Above,
     Arguments,
+    Batch,
     Decay,
     Fraction,
     Name,
@@ -70,7 +71,7 @@ class Evaluation(Section):
     lr: Rate = Field(1e-3, description="learning rate")
     weight_decay: Rate = Field(0.01, description="weight decay")
     momentum: Decay = Field(0.9, description="momentum of sgd")
-    batch: Positive = Field(50, description="views a step")
+    batch: Batch = Field(50, description="views a step")
     epochs: Positive = Field(1000, description="epochs")
     schedule: Literal["smooth", "ssrs", "multistep", "linear", "alrs"] = Field(
         "smooth", description="learning rate: cosine | cosine, then fast | steps | line | steps where the loss stands"

@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from pydantic import Field
 
-from . import arguments, contents, hub, launch
+from . import arguments, contents, hub, launch, tokens
 from .contents import OBSERVERS
 from .errors import InputError
 from .hub import Plan
@@ -75,7 +75,7 @@ def push(
     for name in names:
         hub.check(name, tag)
     for name in names if not dry_run else ():
-        hub.may_write(name, say)  # before the files are read
+        tokens.may_write(name, say)  # before the files are read
     with tempfile.TemporaryDirectory() as place:
         models = contents.models(folder, observers, id, Path(place)) if observers else []
 

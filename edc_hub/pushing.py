@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from . import hub, publish
+from . import hub, publish, tokens
 from .recipe import Recipe
 from .weights import OURS
 
@@ -11,7 +11,7 @@ def before(recipe: Recipe, folder: Path) -> None:
     """Raises InputError, before hours of work, for what the Hub would refuse of the set to be made in `folder`."""
     section = recipe.hub
     for name in filter(None, (section.id, section.observers)):
-        hub.may_write(name, publish.say)
+        tokens.may_write(name, publish.say)
     finished = (folder / "manifest.json").is_file()  # the tag may hold this very set
     _newest(section.id, tag=None if finished else section.tag, private=section.private)
     for net in recipe.observers.networks if section.observers else ():

@@ -40,7 +40,7 @@ def encoded(table: pa.Table, column: str) -> list[Encoded]:
     return [(value.as_buffer(), name) for value, name in zip(data, path.to_pylist(), strict=True)]
 
 
-class Stored:
+class Indexed:
     """Random access by row number to an Arrow-backed dataset."""
 
     def __init__(self, dataset: datasets.Dataset, column: str):
@@ -97,17 +97,17 @@ class RealSet:
     """Side of the square images."""
     split: str
     resize: str
-    source: Stored | Stream = field(repr=False)
+    source: Indexed | Stream = field(repr=False)
     cache: Path = field(repr=False)
     """Where rows of a stream are kept."""
 
     def __post_init__(self) -> None:
         used = (self.labels >= 0).numpy()
         self._slot = np.cumsum(used) - 1
-        self._kept: tuple[np.ndarray, Stored] | None = None
+        self._kept: tuple[np.ndarray, Indexed] | None = None
         self._known = np.zeros(0, bool)
         shape = (int(used.sum()), 3, self.size, self.size)
-        if np.prod(shape, dtype=np.int64) <= MEMORY and isinstance(self.source, Stored):
+        if np.prod(shape, dtype=np.int64) <= MEMORY and isinstance(self.source, Indexed):
             self._memory, self._known = torch.empty(shape, dtype=torch.uint8), np.zeros(shape[0], bool)
 
     def rows(self, label: int | None = None) -> Tensor:
@@ -184,7 +184,7 @@ class RealSet:
 
         Nothing to do where every row is at hand. The file lies in the cache of `datasets` and is found again.
         """
-        if isinstance(self.source, Stored):
+        if isinstance(self.source, Indexed):
             return
         wanted = np.unique(rows.numpy())
         digest = hashlib.sha256(self.fingerprint.encode() + wanted.tobytes()).hexdigest()[:16]
@@ -194,7 +194,7 @@ class RealSet:
             with FileLock(path.with_suffix(".lock")):
                 if not path.exists():
                     write_atomically(path, lambda part: self._copy(wanted, part), "HF_HOME")
-        self._kept = wanted, Stored(datasets.Dataset.from_file(str(path)), "image")
+        self._kept = wanted, Indexed(datasets.Dataset.from_file(str(path)), "image")
 
     def _copy(self, rows: np.ndarray, path: Path) -> None:
         kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})

@@ -64,7 +64,7 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
             "images": len(bench.truth),
             "transform": _transform(judged, bench.size),
         },
-        "bytes": bench.bytes(first, asked.evaluation.labels),
+        "bytes": bench.lessons.bytes(first, asked.evaluation.labels),
         "label_epochs": first.epochs,
         "published_as": papers,
         "rows": rows,

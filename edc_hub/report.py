@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .card import amount
-from .results import PAIRS, ROWS, WEIGHTS
+from .results import PAIRS, ROWS, WEIGHTS, amount, percent
 
 
 WIDTH = 120
@@ -44,8 +43,8 @@ def table(results: dict[str, Any]) -> str:
     """Plain text for a terminal, at most WIDTH wide."""
     parts = [_filled(f"{name}: {text}") for name, text in _facts(results["about"]).items()]
     for student, own in results["students"].items():
-        width = max(len(text) for text in (student, *ROWS.values()))
-        head = f"{student:<{width}}{'n':>5}{'live':>13}{'EMA':>13}{'images':>10}{'bytes':>10}"
+        width = max(len(row.title) for row in ROWS.values())
+        head = f"{student[-width:]:<{width}}{'n':>5}{'live':>13}{'EMA':>13}{'images':>10}{'bytes':>10}"
         parts += ["", head, "-" * len(head)]
         for line in _lines(results, student):
             if line.missing:
@@ -100,7 +99,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     about, own = results["about"], results["students"][student]
     steps = _steps(own["rows"].get("set"))
-    for row, title in ROWS.items():
+    for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
             yield Line(title, missing=about["unavailable"].get(row, "not measured"))
             continue
@@ -110,12 +109,12 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
             notes.append("the better")
         if steps and _steps(found) != steps:
             notes.append(f"{_steps(found):,} steps")
-        live, ema = (_percent(found[weights]["mean"], found[weights]["std"]) for weights in WEIGHTS)
+        live, ema = (_column(**found[weights]) for weights in WEIGHTS)
         images = f"{about_row['images']:,}"
         size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
         yield Line(title, str(found["n"]), live, ema, images, size, "; ".join(notes))
     if margin := own["margin"]:
-        yield Line(_MARGIN, str(margin["n"]), *(_percent(margin[it], margin["std"][it], "+") for it in WEIGHTS))
+        yield Line(_MARGIN, str(margin["n"]), *(_column(margin[it], margin["std"][it], "+") for it in WEIGHTS))
 
 
 def _notes(each: list[dict[str, Any]]) -> list[str]:
@@ -139,16 +138,14 @@ def _beside(own: dict[str, Any]) -> list[str]:
         shown = (f"{name.upper()} {by['live']:.3f} / {by['ema']:.3f}" for name, by in scores.items())
         parts.append(f"DD-Ranking as fractions, live / EMA: {', '.join(shown)}")
     if own["published"]:
-        shown = (
-            f"{it['method']} {_percent(it['accuracy'], it['std']).strip()} ({it['as']})" for it in own["published"]
-        )
+        shown = (f"{it['method']} {percent(it['accuracy'], it['std'])} ({it['as']})" for it in own["published"])
         parts.append(f"published: {', '.join(shown)}; in brackets the epoch")
     return parts
 
 
-def _percent(mean: float, std: float | None, sign: str = "") -> str:
+def _column(mean: float, std: float | None, sign: str = "") -> str:
     """`52.1 ± 0.4`, or as wide without a spread, so that points stand below each other."""
-    return f"{100 * mean:{sign}.1f}" + (" " * 6 if std is None else f" ± {100 * std:.1f}")
+    return percent(mean, std, sign) + " " * 6 * (std is None)
 
 
 def _count(number: int | str, what: str, ending: str = "s") -> str:
@@ -157,11 +154,8 @@ def _count(number: int | str, what: str, ending: str = "s") -> str:
 
 def _filled(text: str, indent: int = 2) -> str:
     """Broken into lines of at most WIDTH, the later ones indented."""
-    if len(text) <= WIDTH:
-        return text
-    start, rest = text[:indent], text[indent:]
-    lines = textwrap.wrap(rest, WIDTH - indent, break_long_words=False, break_on_hyphens=False)
-    return ("\n" + " " * indent).join([start + lines[0], *lines[1:]])
+    whole = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, WIDTH, subsequent_indent=" " * indent, **whole)
 
 
 def curves(panels: dict[str, dict[str, list[Tensor]]]) -> bytes:
@@ -200,7 +194,7 @@ def curves(panels: dict[str, dict[str, list[Tensor]]]) -> bytes:
         axis.set_axisbelow(True)
     for axis in grid[-1]:
         axis.set_xlabel("epoch", fontsize=9)
-    handles = [Line2D([], [], label=ROWS[row], **_STYLES[row]) for row in shown]
+    handles = [Line2D([], [], label=ROWS[row].title, **_STYLES[row]) for row in shown]
     columns = 4 if measured else 3
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     picture = io.BytesIO()

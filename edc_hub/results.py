@@ -1,7 +1,6 @@
 """What students reached: the summary that is `results.json`. `report.py` shows it.
 
-Accuracies are top-1 of the last epoch as fractions, live weights and their average (EMA) side by side. The rows
-`hard_*`, `real_*` and `upper_bound` learn from hard labels.
+Accuracies are top-1 of the last epoch as fractions, live weights and their average (EMA) side by side.
 """
 
 import json
@@ -9,27 +8,50 @@ import math
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from . import disk
 
 
+class Row(NamedTuple):
+    """What students are trained on."""
+
+    title: str
+    images: Literal["set", "control", "real", "whole"]  # real: of equal bytes; whole: all real ones
+    hard: bool = False  # labels, whatever the protocol's
+    mixed: bool | None = None  # views; None: as the protocol has it
+
+
 ROWS = {
-    "set": "condensed set",
-    "initial": "(i) initial images",
-    "random": "(ii) random real images",
-    "hard_mixed": "(iii) hard labels, mixed",
-    "hard_unmixed": "(iii) hard labels, unmixed",
-    "real_mixed": "(iv) real images, equal bytes, mixed",
-    "real_unmixed": "(iv) real images, equal bytes, unmixed",
-    "upper_bound": "whole real set",
+    "set": Row("condensed set", "set"),
+    "initial": Row("(i) initial images", "control"),
+    "random": Row("(ii) random real images", "control"),
+    "hard_mixed": Row("(iii) hard labels, mixed", "set", hard=True, mixed=True),
+    "hard_unmixed": Row("(iii) hard labels, unmixed", "set", hard=True, mixed=False),
+    "real_mixed": Row("(iv) real images, equal bytes, mixed", "real", hard=True, mixed=True),
+    "real_unmixed": Row("(iv) real images, equal bytes, unmixed", "real", hard=True, mixed=False),
+    "upper_bound": Row("whole real set", "whole", hard=True),
 }
-"""What students are trained on, in the order of a table."""
+"""In the order of a table."""
 
 PAIRS = {"hard": ("hard_mixed", "hard_unmixed"), "real": ("real_mixed", "real_unmixed")}
 """Controls of two variants, of which the better one counts."""
 
 WEIGHTS = ("live", "ema")
+
+
+def percent(mean: float, std: float | None, sign: str = "") -> str:
+    """Fractions for readers, `52.1 ± 0.4`, or `52.1` without a spread; sign "+": `+3.2 ± 0.4`."""
+    return f"{100 * mean:{sign}.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+
+def amount(count: int) -> str:
+    """A number of bytes for readers, `1.36 MB`."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 class Outcome(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from .errors import InputError
 from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
-from .recipe import Recipe, selected, title
+from .recipe import Recipe
+from .selection import selected, title
 from .versions import NUMBERED
 
 
@@ -49,8 +50,6 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
             )
         if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
             yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
-        if each.batch == 1:
-            yield "evaluation.batch: 1, and BatchNorm has no statistics of one view; write 2 or more"
 
 
 def _options(recipe: Recipe) -> Iterator[str]:
@@ -82,9 +81,6 @@ def _observers(recipe: Recipe) -> Iterator[str]:
     if not networks:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
-    for net in networks:
-        if net.train and net.train.batch == 1:
-            yield f"observers.train.batch: 1 for {net.name}, and BatchNorm has no statistics of one; write 2 or more"
     if recipe.source.streaming and trained:
         yield (
             f"source.streaming: {', '.join(trained)} would be trained here, in random order; "

@@ -1,9 +1,12 @@
 """What the sections of a recipe are built from: the base model, the types of its values, and what several share."""
 
 import json
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+T = TypeVar("T")
 
 
 def _ascending(area: list[float]) -> list[float]:
@@ -27,7 +30,14 @@ def _plain(args: dict[str, Any]) -> dict[str, Any]:
     return args
 
 
+def _distinct(values: list[T]) -> list[T]:
+    if not values or any(values.count(value) > 1 for value in values):
+        raise ValueError(f"{values}; give at least one, and each once")
+    return values
+
+
 Positive = Annotated[int, Field(ge=1)]
+Batch = Annotated[int, Field(ge=2)]  # of one BatchNorm has no statistics
 Numbered = Annotated[int, Field(ge=1, le=32767)]  # counted by an int16 column of the published set
 Count = Annotated[int, Field(ge=0)]
 Threads = Annotated[int, Field(ge=1, le=1024)]  # torch ends in a crash where there are too many
@@ -40,6 +50,7 @@ Deviations = Annotated[list[Above], Field(min_length=3, max_length=3)]
 Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
+Distinct = Annotated[list[T], AfterValidator(_distinct)]
 Arguments = Annotated[dict[str, Any], AfterValidator(_plain)]
 ARCH = (  # the plain names are those of networks.py, which imports torch
     "alexnet, convnet, convnet3, convnet4, convnext_tiny, deit_tiny, densenet121, efficientnet_b0, mobilenet_v2, "
@@ -63,7 +74,7 @@ class Train(Section):
     snapshots: list[Positive] | None = Field(
         None, description="epochs after which the weights are kept, named net@epoch; the last epoch always is"
     )
-    batch: Positive = Field(64, description="images a step")
+    batch: Batch = Field(64, description="images a step")
     lr: Rate = Field(0.05, description="learning rate")
     momentum: Decay = Field(0.9, description="momentum of SGD")
     weight_decay: Rate = Field(0.0, description="weight decay")

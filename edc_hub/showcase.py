@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import Field
 
-from . import arguments, card, disk, documents, launch, recipes, snippets
+from . import arguments, card, disk, documents, launch, recipes, results, snippets
 from .recipe import Recipe
 from .section import Positive, Section
 
@@ -89,8 +89,6 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes `prefixes` into results.json and what a card says of them into README.md."""
-    from . import results
-
     readme = folder / "README.md"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
@@ -107,8 +105,7 @@ def publish(folder: Path, found: list[dict[str, Any]]) -> None:
 
 
 def _percent(accuracy: list[float]) -> str:
-    spread = f" ± {100 * stdev(accuracy):.1f}" if len(accuracy) > 1 else ""
-    return f"{100 * fmean(accuracy):.1f}{spread} %"
+    return f"{results.percent(fmean(accuracy), stdev(accuracy) if len(accuracy) > 1 else None)} %"
 
 
 def _students(entry: dict[str, Any]) -> str:

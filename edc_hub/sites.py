@@ -1,8 +1,8 @@
 """One hooked input: the moments of each image in few passes, and what their gradients give back.
 
 The moments of the real set and synthesis use the same sums. Memory traffic and the number of calls are all they cost:
-on a CPU a site works in chunks that stay in the cache, and the backward is written out, so that it adds to the
-gradient that the layer has just made and allocates nothing of its size.
+on a CPU a site works in chunks that stay in the cache, and the backward, which is written out, adds to the gradient
+that the layer has just made.
 """
 
 from collections.abc import Sequence

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .crops import placed
-from .objective import AVERAGED, Drawn, Objective
+from .objective import AVERAGED, Draws, Objective
 from .recorded import Recorded
 from .work import Session
 
@@ -29,7 +29,7 @@ class Slope:
             gc.collect()  # recordings of work that is over
             self.recorded, self.pool = {}, torch.cuda.graph_pool_handle()
 
-    def __call__(self, drawn: Drawn, z: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, drawn: Draws, z: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
         """At z (B, 3, s, s), with the averaged images (B, 3, s, s). Raises LinAlgError for z that are no numbers."""
         z = z.detach()
         if self.recorded is None:
@@ -57,7 +57,7 @@ class Slope:
 
 
 def _slope(
-    objective: Objective, scale: float, drawn: Drawn, z: Tensor, average: Tensor | None
+    objective: Objective, scale: float, drawn: Draws, z: Tensor, average: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     flatness = objective.section.flatness
 

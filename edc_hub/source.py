@@ -20,7 +20,7 @@ from datasets.packaged_modules.parquet.parquet import ParquetConfig
 
 from . import digits, disk, folders, recipe, work
 from .errors import InputError
-from .realset import RealSet, Stored, Stream
+from .realset import Indexed, RealSet, Stream
 
 
 __all__ = ["Opened", "RealSet", "check_ipc", "load"]
@@ -72,7 +72,7 @@ def load(section: recipe.Source, split: Literal["train", "holdout", "test"] = "t
         size=section.size,
         split=name,
         resize=section.resize,
-        source=(Stream if section.streaming else Stored)(dataset, image),
+        source=(Stream if section.streaming else Indexed)(dataset, image),
         cache=folders.cache() / "streams",
     )
 

@@ -136,8 +136,7 @@ def train(
         leave=False,
         mininterval=1,
     )
-    cuda = [session.device] if session.device.type == "cuda" else []
-    with bar, torch.random.fork_rng(cuda):  # dropout draws from the global generator
+    with bar, session.own_draws():  # of dropout
         for epoch in range(first, section.epochs):
             rng = generator(seed, STAGE, f"epoch {epoch}")
             torch.manual_seed(int(torch.randint(2**48, (), generator=rng)))

@@ -9,7 +9,6 @@ folders, so the same command again goes on where it was. The tables are written 
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,7 +106,7 @@ def _condense(
     if folder not in made:
         try:
             with launch.lock(folder, waits=session.report):  # another sweep has this run, too
-                condense.condense(run, folder, _of(session, run.precision), open_source(run))
+                condense.condense(run, folder, session.with_precision(run.precision), open_source(run))
             made[folder] = None
         except Exception as error:
             made[folder] = error.error if isinstance(error, OtherFailed) else error
@@ -124,16 +123,10 @@ def _evaluate(parsed: Parsed, cell: Cell, session: "Session") -> None:
     given |= {name: getattr(cell.recipe, name) for name in ("device", "threads", "checkpoint_seconds")}
     given |= {"dataset": [run.output_dir for run in cell.runs], "evaluation": cell.recipe.evaluation.model_dump()}
     asked = comparison.resolve(given)
-    found, done, _ = evaluate.measure(asked, cell.folder, _of(session, asked.comparison.precision))
+    found, done, _ = evaluate.measure(asked, cell.folder, session.with_precision(asked.comparison.precision))
     if session.state.is_main_process:
         record.write(found, record.curves(done), cell.folder)
     session.wait()
-
-
-def _of(session: "Session", precision: str) -> "Session":
-    import torch
-
-    return replace(session, dtype=getattr(torch, precision))
 
 
 def _of_all(error: Exception, session: "Session") -> Exception:

@@ -11,6 +11,7 @@ from . import disk, published
 from .cells import Cell, Parsed
 from .protocol import named_students
 from .published import Reported
+from .results import ROWS, WEIGHTS, amount, percent
 
 
 WIDTH = 120
@@ -80,8 +81,6 @@ def _grid(parsed: Parsed, every: list[Line], block: Block) -> list[list[list[str
 
     Each column is the figures of the weights shown and, where the paper has any, the paper's.
     """
-    from .results import ROWS
-
     weights = parsed.sweep.weights
     by_place = {(line.row, line.column, line.student, line.trained): line for line in every}
     quoted = [any(by_place[key].paper for key in by_place if key[1:3] == (c, s)) for _, c, s in block.columns]
@@ -91,7 +90,7 @@ def _grid(parsed: Parsed, every: list[Line], block: Block) -> list[list[list[str
         head.append([*names, *["paper"] * paper])
     grid = [[*head, ["bytes"]]]
     for row in parsed.sweep.rows:
-        for trained, title in ROWS.items():
+        for trained, (title, *_) in ROWS.items():
             own = [by_place.get((row, column, student, trained)) for _, column, student in block.columns]
             if not any(own):
                 continue
@@ -107,7 +106,7 @@ def _ours(line: Line | None, weights: str) -> str:
     """`48.6 ± 0.3 (9)`, in brackets the number of students."""
     if line is None or line.missing:
         return line.missing if line else "-"
-    return f"{_percent(**line.figures[weights])} ({line.n})"
+    return f"{percent(**line.figures[weights])} ({line.n})"
 
 
 def _theirs(paper: Reported | None) -> str:
@@ -118,13 +117,7 @@ def _theirs(paper: Reported | None) -> str:
     return f"{' ± '.join(figures)} {paper.taken}"
 
 
-def _percent(mean: float, std: float | None) -> str:
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
-
-
 def _bytes(sizes: list[int]) -> str:
-    from .card import amount
-
     least, most = (amount(end(sizes)) if sizes else "" for end in (min, max))
     return least if least == most else f"{least} to {most}"
 
@@ -212,13 +205,10 @@ def table(every: list[Line]) -> str:
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*_COLUMNS, "missing", "paper", "paper std", "as", "where"])
     for line in every:
-        figures = [
-            value for name in ("live", "ema") for value in line.figures.get(name, {"mean": None, "std": None}).values()
-        ]
+        figures = [line.figures.get(name, {}).get(key) for name in WEIGHTS for key in ("mean", "std")]
         shown = [None if value is None else round(100 * value, 2) for value in figures]
-        theirs = (
-            [line.paper.accuracy, line.paper.std, line.paper.taken, line.paper.where] if line.paper else [None] * 4
-        )
+        paper = line.paper
+        theirs = [paper.accuracy, paper.std, paper.taken, paper.where] if paper else [None] * 4
         own = [line.row, line.column, line.student, line.trained, line.n, *shown, line.bytes, line.protocol]
         writer.writerow([*own, line.missing, *theirs])
     return file.getvalue()
@@ -226,8 +216,6 @@ def table(every: list[Line]) -> str:
 
 def write(parsed: Parsed, failed: dict[str, Exception]) -> None:
     """Writes table.csv, table.md and table.png of the cells that are finished."""
-    from . import disk
-
     every = lines(parsed, failed)
     for name, content in (("table.csv", table(every)), ("table.md", markdown(parsed, every, failed))):
         disk.write_atomically(parsed.folder / name, lambda path, content=content: path.write_text(content, "utf-8"))
@@ -237,8 +225,6 @@ def write(parsed: Parsed, failed: dict[str, Exception]) -> None:
 def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
     """Writes a PNG: a panel a column of each block, a point with its spread a row, the paper's hollow."""
     from matplotlib.figure import Figure
-
-    from . import disk
 
     blocks, rows = _blocks(parsed, every), list(parsed.sweep.rows)
     across = max(len(block.columns) for block in blocks)
@@ -258,15 +244,8 @@ def draw(parsed: Parsed, every: list[Line], path: Path) -> None:
                     mean, std = (100 * (line.figures[weights][key] or 0) for key in ("mean", "std"))
                     axis.errorbar(mean, place, xerr=std, fmt="o", color="#0072b2", capsize=2, markersize=5)
                 beside = " | ".join(filter(None, [_ours(line, weights), _theirs(line.paper)]))
-                axis.text(
-                    1.02,
-                    place,
-                    beside,
-                    transform=axis.get_yaxis_transform(),
-                    va="center",
-                    fontsize=7,
-                    parse_math=False,
-                )
+                style = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7, "parse_math": False}
+                axis.text(1.02, place, beside, **style)
             axis.set_title(", ".join(filter(None, [block.title, heading])), loc="left", fontsize=9, parse_math=False)
             axis.set_yticks(range(len(rows)), rows, fontsize=8, parse_math=False)
             axis.spines[["top", "right"]].set_visible(False)

@@ -12,17 +12,19 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from . import local, work
+from . import matching, work
 from .errors import InputError
 from .initialize import Initial
+from .moments import of_images
 from .networks import Network
 from .objective import AVERAGED, Objective, Observed
 from .observers import Observers
-from .recipe import Recipe, Synthesize, selected
+from .recipe import Recipe, Synthesize
+from .selection import selected
 from .slope import Slope
 from .source import RealSet
 from .space import Space
-from .targets import Moments
+from .targets import Moments, Targets
 from .work import Progress, Session, Unit
 
 
@@ -30,7 +32,7 @@ STAGE, VERSION = "blocks", 1
 LATER = ("tv", "l2", "curriculum", "sizes", "mix", "mix_alpha", "pick", "together", "residual")  # keys since version 1
 
 
-def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
+def cut(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
     """Image ids of each block, int64. An image's id is `class * ipc + k`.
 
     `class_major` cuts 0, 1, 2, … into blocks; `across_class` takes the first image of every class, then the second.
@@ -44,7 +46,7 @@ def plan(classes: int, ipc: int, block: int, order: str) -> list[Tensor]:
 def blocks(recipe: Recipe, classes: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each block, by the name of its unit of work: its image ids and the labels of their pictures, both int64."""
     found, section = {}, recipe.synthesize
-    for index, ids in enumerate(plan(classes, recipe.ipc, section.block, section.block_order)):
+    for index, ids in enumerate(cut(classes, recipe.ipc, section.block, section.block_order)):
         labels = (ids // recipe.ipc).repeat_interleave(recipe.images.grid**2)
         found[f"{recipe.name}-ipc{recipe.ipc}-{index:05d}"] = ids, labels
     return found
@@ -199,12 +201,12 @@ def observe(
     """The observers of a block with its targets; `labels` int64 (B,) are those of its pictures."""
     section, counts = recipe.synthesize, torch.bincount(labels, minlength=len(real.names))
     fresh = section.class_scope == "local"
-    drawn = local.draw(real, counts, section.local_images, generator) if fresh else ()
+    drawn = draw_real(real, counts, section.local_images, generator) if fresh else ()
     observed = []
     for name, epoch in selected(recipe, section.observers):
         network, targets = load(name, epoch), moments.targets(name, epoch, counts)
         if fresh:
-            targets = local.retarget(targets, network, *drawn, recipe, session)
+            targets = retarget(targets, network, *drawn, recipe, session)
         accuracy = observers.facts(name, epoch)["accuracy"] if section.pick == "accuracy" else None
         observed.append(Observed(network, targets, labels, recipe, session, accuracy))
     return observed
@@ -223,3 +225,38 @@ def _facts(section: Synthesize) -> dict:
     if section.alpha == 1:
         facts["class_scope"] = plain.class_scope  # there is no class form
     return facts
+
+
+# The class form of `class_scope: local`
+
+
+def draw_real(real: RealSet, counts: Tensor, each: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Freshly drawn real images of a block's classes, and what each counts in the block's statistics.
+
+    Args:
+        counts: int64 (C,), images of each class in the block.
+        each: real images drawn of each of these classes, fewer where a class has fewer.
+
+    Returns:
+        uint8 (n, 3, s, s) and float32 (n,), which sums to 1: each class has its share of the block.
+    """
+    rows, weights = [], []
+    for label in counts.nonzero().flatten().tolist():
+        of_class = real.rows(label)
+        drawn = of_class[torch.randperm(len(of_class), generator=generator)[:each]]
+        rows.append(drawn)
+        weights.append(torch.full((len(drawn),), float(counts[label]) / float(counts.sum()) / len(drawn)))
+    return real.images(torch.cat(rows)), torch.cat(weights)
+
+
+def retarget(
+    targets: Targets, network: Network, images: Tensor, weights: Tensor, recipe: Recipe, session: Session
+) -> Targets:
+    """`targets` with the class form of `class_scope: local`: the statistics of these real images together.
+
+    The alternative that the released code has under this name; the global form stays as it is.
+    """
+    shift = targets.global_mean
+    first, second = of_images(network, images, shift, recipe.synthesize.layers, recipe, session)
+    mean, var = matching.group(first, second, shift, weights.to(session.device)[None])
+    return targets._replace(mixture_mean=mean[0], mixture_var=var[0])

@@ -3,8 +3,7 @@
 A tap is a forward pre-hook on one BatchNorm2d or Conv2d. It sums its input over positions (channel moments), and over
 channels and the positions of a tile (patch moments), image by image: the statistics of a class, a block or a whole
 set are weighted means of these. All is measured about a fixed shift, so that float32 serves where a mean is far
-larger than its spread. Memory traffic is what taps cost: on a CPU they work in chunks that stay in the cache, and the
-backward is written out; it adds to the gradient that the layer has just made and allocates nothing of its size.
+larger than its spread. What they cost, and why, is in sites.py.
 """
 
 import itertools

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from . import labels, observers, recipes, source
@@ -13,7 +12,8 @@ from .feed import Teach
 from .networks import Network
 from .protocol import Evaluation
 from .recipe import Network as Section
-from .recipe import Recipe, Source, selected, title
+from .recipe import Recipe, Source
+from .selection import selected, title
 from .views import ViewTable
 from .work import Kept, Session
 
@@ -75,7 +75,7 @@ class Teachers:
     @property
     def _own_session(self) -> Session:
         """With the arithmetic that the observers were made with, whatever the students'."""
-        return replace(self._session, dtype=getattr(torch, self._recipe.precision))
+        return self._session.with_precision(self._recipe.precision)
 
     def labellers(self) -> tuple[Recipe, observers.Observers, Session]:
         """The recipe by which they label, with their networks; the networks; and a session with their arithmetic."""

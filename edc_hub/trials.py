@@ -14,32 +14,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import controls, feed, judged, launch, networks, reals, recipes, source, students, teachers, views, work
+from . import controls, feed, judged, launch, lessons, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
-from .feed import Drawn, Stored
+from .lessons import Lessons, Trial
 from .networks import Network
 from .protocol import Evaluation, named_students, of_student
 from .realset import RealSet
 from .recipe import Recipe
-from .section import ViewSettings
+from .results import ROWS
 from .students import STAGE, VERSION
 from .work import Progress, Session, Unit
 
 
 _NOT_OF_ONE = {"protocol", "students", "teachers", "per_student"}  # keys that are not a single student's own
-
-
-class Trial(NamedTuple):
-    """One student on one row."""
-
-    row: str  # as in results.Outcome
-    student: str
-    set: int  # which of the condensed sets
-    draw: int  # which draw of random images
-    seed: int
-    images: CondensedSet  # what it learns from; on the real rows, the set whose bytes and steps they share
 
 
 class Done(NamedTuple):
@@ -80,7 +69,7 @@ class Bench:
         self.source = self.comparison.source.model_copy(update={"size": self.size})
         self.teachers = teachers.Teachers(self.sets[0], section, self.source, self.session)
         self.unavailable: dict[str, str] = {}
-        self._real_rows: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        self.lessons = Lessons(self.sections, self.teachers, lambda: self.real, self.recipe.images, self.session)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -152,9 +141,9 @@ class Bench:
                     hard = []
                 # real images are drawn by the student's seed: the same for every set
                 others = [*hard, *(real if number == 0 else [])]
-                view = self._view(condensed, section)
+                view = self.lessons.view(condensed, section)
                 if not view or view.mix == "none":
-                    mixed = [row for row in others if row.endswith("_mixed")]
+                    mixed = [row for row in others if ROWS[row].mixed]
                     self.unavailable |= dict.fromkeys(mixed, "the protocol mixes no views")
                     others = [row for row in others if row not in mixed]
                 rows += [(row, condensed) for row in others]
@@ -184,7 +173,7 @@ class Bench:
         if "bfloat16" in precisions and self.session.device.type == "cpu" and launch.emulates_bfloat16():
             self.session.report("evaluation.precision: this CPU emulates bfloat16, many times slower than float32")
         for name, section in self.sections.items():
-            network, shown = self.network(name, 0), (self._view(condensed, section) for condensed in self.sets)
+            network, shown = self.network(name, 0), (self.lessons.view(condensed, section) for condensed in self.sets)
             for side in {view.view_size or self.size for view in shown if view}:
                 networks.check(network, side, f"give {name} an input_size in evaluation.students")
             stored = any(path.startswith("soft_labels/") for path in self.sets[0].manifest["files"])
@@ -204,17 +193,17 @@ class Bench:
         _ = self.of_own_images  # which may read the training split
         real = self._real_asked
         if real and not self.other_images:
-            reals.check_memory(
+            lessons.check_memory(
                 self.real,
                 whole="upper_bound" in real,
-                budget=max(sum(self.bytes(self.sets[0], each.labels).values()) for each in self.sections.values()),
+                budget=max(sum(self.lessons.bytes(self.sets[0], it.labels).values()) for it in self.sections.values()),
                 section=self.recipe.images,
                 trainings=len(self.sections) * len(self.comparison.seeds) * len(real),
                 device=self.session.device,
             )
 
     def unit(self, trial: Trial) -> Unit:
-        section, whole = self._section(trial), trial.row == "upper_bound"
+        section, row = self._section(trial), ROWS[trial.row]
         given, made = self.students[trial.student], trial.images.manifest
         images = dict(made["images"])
         count = images.pop("count")
@@ -223,20 +212,20 @@ class Bench:
             "classes": made["classes"],
             "view": feed.settings(made["soft_labels"]).model_dump(),
         }
-        if not whole:  # the whole real set is the same for every condensed one
+        if row.images != "whole":  # the whole real set is the same for every condensed one
             about |= {"files": made["configs"], "count": count}
             about |= {"decode": made["decode"]} if "decode" in made else {}
-        if trial.row.startswith("real"):
+        if row.images == "real":
             about |= {
-                "budget": self._budget(trial),
+                "budget": self.lessons.budget(trial),
                 "encoding": self.recipe.images.model_dump(exclude={"grid"}),
             }
-        own = self.sections[trial.student].labels
-        if trial.row.startswith("hard") and own != "stored":
+        if row.images == "set" and row.hard and self.sections[trial.student].labels != "stored":
             about["drawn"] = True  # its views, where the set's row has its own
-        if trial.row.startswith(("hard", "real")) and self._whole_batches(trial):
+        if row.images != "whole" and row.hard and self.lessons.whole_batches(trial):
             about["whole_batches"] = True
-        if section.labels == "online" and self._whole_batches(trial) and len(trial.images.labels) < section.batch:
+        few = len(trial.images.labels) < section.batch
+        if few and section.labels == "online" and self.lessons.whole_batches(trial):
             about["filled"] = True  # its one batch, for the teachers
         if section.ema.decay and section.ema.bn == "reestimated":
             about["clean"] = "by batch"  # its crops were drawn for as many views as the device makes at once
@@ -250,7 +239,7 @@ class Bench:
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
             section=section.model_dump(mode="json", exclude=_NOT_OF_ONE | later),
             teachers=[*self.teachers.fingerprints, self.teachers.of_batches] if section.labels == "online" else None,
-            real=self.real.fingerprint if whole or "budget" in about else None,
+            real=self.real.fingerprint if row.images in ("real", "whole") else None,
             test=[self.judged_on.fingerprint, self.comparison.split],
             curve_points=self.comparison.curve_points,
             seed=trial.seed,
@@ -271,19 +260,19 @@ class Bench:
     def _section(self, trial: Trial) -> Evaluation:
         """The student's protocol, changed as the row asks."""
         section = self.sections[trial.student]
-        if trial.row.startswith(("hard", "real", "upper")):
+        if ROWS[trial.row].hard:
             section = section.model_copy(update={"loss": "ce", "labels": "hard"})
-        if trial.row == "upper_bound":
+        if ROWS[trial.row].images == "whole":
             section = section.model_copy(update={"epochs": self.comparison.upper_bound_epochs})
         return section
 
     def _train(self, trial: Trial, progress: Progress) -> tuple[dict[str, Tensor], dict]:
         section = self._section(trial)
         seed = students.first_weights(trial.student, trial.seed)
-        network, lessons = self.network(trial.student, seed), self._feed(trial, section, seed)
+        network, fed = self.network(trial.student, seed), self.lessons.feed(trial, section, seed)
         trained = students.train(
             network,
-            lessons,
+            fed,
             self.test,
             section,
             self.session,
@@ -293,83 +282,12 @@ class Bench:
             label=f"{trial.student} {trial.row}",
         )
         facts = {
-            "steps": section.epochs * lessons.steps,
-            "images": lessons.count,
-            "bytes": self._read_bytes(trial, section),
+            "steps": section.epochs * fed.steps,
+            "images": fed.count,
+            "bytes": self.lessons.read_bytes(trial, section),
             "device": launch.device_name(self.session),
             **machine(self.session),
             "seconds": round(progress.elapsed, 1),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
         }
         return trained._asdict(), facts
-
-    def _whole_batches(self, trial: Trial) -> bool:
-        """Whether the set's own row, whose steps every row has, leaves a last batch of fewer views out."""
-        return self.sections[trial.student].labels == "online" and self.teachers.of_batches
-
-    def _feed(self, trial: Trial, section: Evaluation, seed: int) -> Stored | Drawn:
-        """What a trial learns from. Real images of equal bytes take as many steps as the set, all of full batches."""
-        condensed, device = trial.images, self.session.device
-        full = self._whole_batches(trial)
-        if trial.row == "upper_bound" or trial.row.startswith("real"):
-            count = len(condensed.labels)
-            whole = trial.row == "upper_bound"
-            rows = self.real.rows() if whole else self._of_equal_bytes(trial)[0]
-            return Drawn(
-                self.real.images(rows),
-                self.real.labels[rows],
-                self._shown(trial, section),
-                section.batch if whole else min(section.batch, count),
-                device,
-                seed=seed,
-                teach=None,
-                fixed=None if whole else feed.steps(count, section.batch, full=full),
-            )
-        if self.sections[trial.student].labels == "stored":
-            hard, mix = section.labels == "hard", not trial.row.endswith("unmixed")
-            kept = section.shuffled
-            return Stored(condensed, section.batch, device, seed=seed, hard=hard, mix=mix, shuffled=kept)
-        teach = None
-        if section.labels == "online":
-            teach = self.teachers.teach
-        elif section.labels == "mean":
-            teach = teachers.of_images(condensed, self.session)
-        view = self._shown(trial, section)
-        labels = condensed.of_pictures(condensed.labels)
-        pictures, grid = condensed.pictures, condensed.grid
-        return Drawn(pictures, labels, view, section.batch, device, seed=seed, teach=teach, grid=grid, full=full)
-
-    def _view(self, condensed: CondensedSet, section: Evaluation) -> ViewSettings | None:
-        """How views are drawn; None: images are shown whole."""
-        if section.augment == "none":
-            return None
-        return section.view if section.augment == "own" else feed.settings(condensed.manifest["soft_labels"])
-
-    def _shown(self, trial: Trial, section: Evaluation) -> ViewSettings | None:
-        view = self._view(trial.images, section)
-        return view.model_copy(update={"mix": "none"}) if view and trial.row.endswith("unmixed") else view
-
-    def _of_equal_bytes(self, trial: Trial) -> tuple[Tensor, int]:
-        """Rows and bytes, encoded once for all students and both variants of a row; sets share their encoding."""
-        key = self._budget(trial), trial.seed
-        if key not in self._real_rows:
-            self._real_rows[key] = reals.equal_bytes(self.real, key[0], self.recipe.images, trial.seed)
-        return self._real_rows[key]
-
-    def _budget(self, trial: Trial) -> int:
-        return sum(self.bytes(trial.images, self.sections[trial.student].labels).values())
-
-    def bytes(self, condensed: CondensedSet, labels: str) -> dict[str, int]:
-        """What a student with this source of labels downloads: images, labels, views, observers' weights."""
-        return condensed.sizes(labels) | {"observers": self.teachers.bytes if labels == "online" else 0}
-
-    def _read_bytes(self, trial: Trial, section: Evaluation) -> int | None:
-        """What a row's images and labels take; of the whole real set nobody knows."""
-        if trial.row == "upper_bound":
-            return None
-        if trial.row.startswith("real"):
-            return self._of_equal_bytes(trial)[1]
-        sizes = self.bytes(trial.images, section.labels)
-        if trial.row == "hard_mixed" and self.sections[trial.student].labels == "stored":
-            sizes["views"] = trial.images.sizes("stored")["views"]  # they say how images are mixed
-        return sum(sizes.values())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision
-from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
@@ -65,20 +65,8 @@ def known(arch: str, weights: str) -> str:
     if weights.startswith("torchvision/") or disk.local(weights, "weights").exists() or repo is None:
         return find(arch, weights).source
     is_theirs = arch.startswith(("transformers/", "timm/"))
-    names = (name,) if name else (OURS, "config.json") if is_theirs else FILES
-    try:
-        if any(_there(repo, each, revision) for each in names):
-            return weights
-    except (OSError, httpx.HTTPError, HFValidationError) as error:
-        raise InputError(
-            f"weights: cannot ask the Hub for {weights} ({first_line(error)}); look at the network or give a file"
-        ) from error
-    raise InputError(f"weights: {weights} has no {' or '.join(names)} on the Hub; check the id or give a file")
-
-
-def _there(repo: str, name: str, revision: str | None) -> bool:
-    cached = try_to_load_from_cache(repo, name, revision=revision)
-    return isinstance(cached, str) or HfApi().file_exists(repo, name, revision=revision)
+    _fetch(repo, revision, (name,) if name else (OURS, "config.json") if is_theirs else FILES, dry_run=True)
+    return weights
 
 
 def _on_hub(weights: str) -> tuple[str | None, str | None, str | None]:
@@ -152,16 +140,17 @@ def _hub_file(repo: str, name: str, revision: str | None) -> Weights:
     return Weights(f"{repo}/{name}@{commit}", f"{repo}/{name}@{commit}", lambda: _read(file))
 
 
-def _fetch(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
-    """The first of `names` that the repository holds, downloaded."""
+def _fetch(repo: str, revision: str | None, names: tuple[str, ...], *, dry_run: bool = False) -> Path:
+    """The first of `names` that the repository holds, downloaded; with `dry_run` where it would be."""
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision))
+            found = hf_hub_download(repo, name, revision=revision, dry_run=dry_run)
+            return Path(found.local_path if dry_run else found)
         except HFValidationError as error:
             raise InputError(f"weights: '{repo}' is no file and no Hub id (org/name)") from error
         except RemoteEntryNotFoundError:
             continue
-        except OSError as error:
+        except (OSError, httpx.HTTPError) as error:
             if isinstance(error, LocalEntryNotFoundError) and name != names[-1]:
                 continue  # without a network: what the cache has
             reason = first_line(error)

@@ -10,7 +10,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -185,6 +186,14 @@ class Session:
     def autocast(self) -> torch.autocast:
         """Mixed precision where `precision` asks for it and the device is an accelerator."""
         return torch.autocast(self.device.type, dtype=self.arithmetic, enabled=self.arithmetic != torch.float32)
+
+    def with_precision(self, name: str) -> "Session":
+        """This one, but for the arithmetic of the networks, named as in a recipe."""
+        return replace(self, dtype=getattr(torch, name))
+
+    def own_draws(self) -> AbstractContextManager:
+        """What is drawn inside without a generator, as dropout draws, changes nothing outside."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def wait(self, failed: Exception | None = None) -> None:
         """Until every process is here, wherever in the work that is; `failed`: why this one does no more of it.

@@ -2,10 +2,12 @@
 
     done = run("import datasets, sys; print(sys.argv[1:])", "a", env={**os.environ, "HF_HOME": "…"})
     first, second = ranks(2, "edc_hub.sweep", "digits", env=…)  # a module; as torchrun starts them
+    asked = start("print(input())", env=…, talks=True)  # asked.stdin, asked.stdout
 
-Importing torch takes longer than most of what tests do in such a process. So one server a test worker imports it, and
-each process is forked from that server: with its own environment, working folder, standard streams and end. What reads
-its settings when it is imported (huggingface_hub, datasets, transformers, edc_hub) is imported there anew.
+Importing torch and the like takes longer than most of what tests do in such a process. So one server a test worker
+imports it, and each process is forked from that server: with its own environment, working folder, standard streams and
+end. What reads its settings when it is imported (huggingface_hub, datasets, transformers, edc_hub) is imported there
+anew.
 """
 
 import json
@@ -23,7 +25,8 @@ from pathlib import Path
 
 SERVER = """
 import contextlib, json, os, runpy, signal, sys
-import numpy, PIL.Image, torch, torch._dynamo, torchvision
+import matplotlib.figure, numpy, pandas, PIL.Image, pyarrow.dataset, pyarrow.parquet, scipy.stats, sklearn.cluster
+import sklearn.datasets, torch, torch._dynamo, torchvision
 
 running = set()
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' end ends the input
@@ -49,7 +52,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.chdir(asked["cwd"])
 os.environ.clear()
 os.environ.update(asked["env"])
-for stream, place in enumerate(("/dev/null", asked["out"], asked["err"])):
+for stream, place in enumerate((asked["in"], asked["out"], asked["err"])):
     os.dup2(os.open(place, os.O_WRONLY | os.O_APPEND if stream else os.O_RDONLY), stream)
 sys.path.insert(0, "")
 if asked["module"]:
@@ -79,35 +82,40 @@ def _ask(**asked) -> int:
 
 
 class Started:
-    """A process that runs; `pid` is also its group."""
+    """A process that runs; `pid` is also its group. Where it talks, `stdin` and `stdout` lead to it."""
 
-    def __init__(self, code: str, arguments: tuple, env: dict, cwd: str | Path | None, module: bool):
+    def __init__(self, code: str, arguments: tuple, env: dict, cwd: str | Path | None, module: bool, talks: bool):
         self._folder = Path(tempfile.mkdtemp(prefix="edc-hub-tests-"))
-        for name in ("out", "err"):
-            (self._folder / name).touch()
-        self.code, place = code, {name: str(self._folder / name) for name in ("out", "err")}
+        self.code, place = code, {name: str(self._folder / name) for name in ("in", "out", "err")}
+        for name in place:
+            os.mkfifo(place[name]) if talks and name != "err" else Path(place[name]).touch()
         asked = {"code": code, "module": module, "arguments": [str(word) for word in arguments], "env": env}
         self.pid = _ask(**asked, **place, cwd=str(cwd or os.getcwd()))
+        if talks:
+            self.stdin, self.stdout = open(place["in"], "w"), open(place["out"])
 
     def kill(self) -> None:
         os.killpg(self.pid, signal.SIGKILL)
 
     def wait(self, timeout: float) -> subprocess.CompletedProcess:
-        """Its status and what it said; killed after so many seconds."""
+        """Its status and what it said, to us but for what was read of `stdout`; killed after so many seconds."""
         late = threading.Timer(timeout, self.kill)
         late.start()
         try:
             status = _ask(wait=self.pid)
         finally:
             late.cancel()
-        said = [(self._folder / name).read_text(encoding="utf-8") for name in ("out", "err")]
+        out = self.stdout.read() if hasattr(self, "stdout") else (self._folder / "out").read_text(encoding="utf-8")
+        said = [out, (self._folder / "err").read_text(encoding="utf-8")]
         shutil.rmtree(self._folder)
         return subprocess.CompletedProcess(self.code, status, *said)
 
 
-def start(code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False) -> Started:
+def start(
+    code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False, talks: bool = False
+) -> Started:
     """Starts Python code, or a module as with `-m`."""
-    return Started(code, arguments, env, cwd, module)
+    return Started(code, arguments, env, cwd, module, talks)
 
 
 def run(code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False, timeout: float = 300):

@@ -57,8 +57,7 @@ def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
     assert done.stdout.split() == ["trained", "2"], done.stderr
 
 
-@pytest.mark.parametrize("loss", ["mse_ce", "kl", "cosine", "ce"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("loss, optimizer", [("mse_ce", "adamw"), ("kl", "adam"), ("cosine", "sgd"), ("ce", "adamw")])
 def test_the_example_has_loss_and_optimiser_of_the_protocol(dataset, monkeypatch, loss, optimizer):
     values = {"loss": loss, "optimizer": optimizer, "lr": 0.003, "momentum": 0.7, "weight_decay": 0.02, "epochs": 1}
     section = Evaluation.model_validate({**values, "temperature": 4.0, "ce_weight": 0.3, "batch": 5})

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import datasets
+import fresh
 import pytest
 import torch
 import yaml
@@ -51,10 +52,6 @@ def arguments(recipe, runs, *more):
     return [str(recipe), *common, *more]
 
 
-def command(recipe, runs, *more):
-    return [sys.executable, "-m", "edc_hub.condense", *arguments(recipe, runs, *more)]
-
-
 def digests(runs):
     """sha256 of every file of the set and its controls."""
     found = {}
@@ -69,7 +66,7 @@ def digests(runs):
 def finished(recipe, tmp_path_factory):
     """An undisturbed run in one process of its own."""
     runs = tmp_path_factory.mktemp("one")
-    done = subprocess.run(command(recipe, runs), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = fresh.run("edc_hub.condense", *arguments(recipe, runs), env=ENVIRONMENT, module=True)
     assert done.returncode == 0, done.stderr
     return runs, done
 
@@ -146,7 +143,7 @@ def test_the_same_command_again_finds_everything_and_changes_nothing(finished, r
 
 def test_two_processes_give_the_bytes_of_one(finished, recipe, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [*launcher, *command(recipe, tmp_path)[1:]]
+    two = [*launcher, "-m", "edc_hub.condense", *arguments(recipe, tmp_path)]
     done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert digests(tmp_path) == digests(finished[0])
@@ -187,8 +184,7 @@ def test_ten_kills_at_random_moments_and_the_same_command_give_the_bytes_of_an_u
     finished, recipe, tmp_path
 ):
     runs = tmp_path / "runs"
-    script = [sys.executable, "-c", KILLED, json.dumps(arguments(recipe, runs)), str(runs)]
-    done = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500)  # 30 s alone
+    done = fresh.run(KILLED, json.dumps(arguments(recipe, runs)), runs, env=ENVIRONMENT, timeout=1500)  # 25 s alone
     assert done.returncode == 0, done.stderr
     places = sorted(tmp_path.iterdir())
     assert len(places) >= 2  # the first was not disturbed

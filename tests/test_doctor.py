@@ -125,7 +125,8 @@ def test_weights_on_the_hub_are_asked_for_and_not_downloaded(tmp_path):
         assert not [request for request in hub.log if request.method == "GET" and "/resolve/" in request.path]
     marks = [each["weights"][0] for _, each in found]
     assert marks == ["ok", "ok", "FAIL", "FAIL"] and found[0][1]["weights"][1] == "a: org/net"
-    assert "org/none has no model.safetensors or pytorch_model.bin on the Hub" in found[3][1]["weights"][1]
+    assert "org/net has no edc_hub.json or config.json on the Hub" in found[2][1]["weights"][1]
+    assert found[3][1]["weights"][1].startswith("weights: cannot get org/none from the Hub (")
 
 
 def test_a_wrong_recipe_is_status_2(capsys):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers_labels import noise, seeded, written
 
-from edc_hub import CondensedSet, feed, reals, source, views, work
+from edc_hub import CondensedSet, feed, lessons, source, views, work
 from edc_hub.feed import Drawn, Stored
 from edc_hub.recipe import Images, Source
 from edc_hub.section import ViewSettings
@@ -230,7 +230,7 @@ def test_a_stream_is_read_twice_for_real_images_of_equal_bytes_however_many_ther
     whole, stream = (source.load(Source(size=8, streaming=streaming)) for streaming in (False, True))
     passes, read = [], stream.source.dataset.iter
     monkeypatch.setattr(stream.source.dataset, "iter", lambda **options: passes.append(0) or read(**options))
-    rows, size = reals.equal_bytes(stream, 120_000, Images(), 0)
-    expected, theirs = reals.equal_bytes(whole, 120_000, Images(), 0)
+    rows, size = lessons.equal_bytes(stream, 120_000, Images(), 0)
+    expected, theirs = lessons.equal_bytes(whole, 120_000, Images(), 0)
     assert torch.equal(rows, expected) and size == theirs and len(rows) > 600
     assert torch.equal(stream.images(rows), whole.images(rows)) and len(passes) <= 2

@@ -16,7 +16,8 @@ from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
 from edc_hub.protocol import of_student
-from edc_hub.recipe import Recipe, selected
+from edc_hub.recipe import Recipe
+from edc_hub.selection import selected
 
 
 CLASSES = {"imagenet1k": 1000, "tiny-imagenet": 200, "cifar100": 100}  # and 10 of the other recipes
@@ -79,7 +80,7 @@ def test_sre2l_and_cda_optimise_an_image_of_each_of_up_to_100_classes_at_a_time(
     for name in recipes.shipped():
         found = recipe(name, method)
         section, classes = found.synthesize, CLASSES.get(found.name, 10)
-        for ids in synthesize.plan(classes, 5, section.block, section.block_order):
+        for ids in synthesize.cut(classes, 5, section.block, section.block_order):
             assert len((ids // 5).unique()) == len(ids) == min(100, classes), name
 
 

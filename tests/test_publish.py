@@ -7,13 +7,12 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
+import fresh
 import pytest
 from hub import Hub, environment, python
 
@@ -47,10 +46,7 @@ class Publisher:
     def __init__(self, hub, home, **variables):
         self.hub, self.said = hub, []
         env = environment(hub.url, home, hub.token, **variables)
-        code = [sys.executable, "-c", textwrap.dedent(_WORKER)]
-        self.errors = open(f"{home}.err", "w+")  # what libraries say past sys.stderr
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors, "text": True}
-        self.process = subprocess.Popen(code, env=env, **pipes)
+        self.process = fresh.start(textwrap.dedent(_WORKER), env=env, talks=True)
         self.process.stdout.readline()
 
     def __call__(self, *argv, token=None):
@@ -64,8 +60,9 @@ class Publisher:
         return None  # killed
 
     def close(self):
+        """Its end; returns what libraries said past sys.stderr."""
         self.process.stdin.close()
-        self.process.wait(30)
+        return self.process.wait(30).stderr
 
 
 @pytest.fixture(scope="module")
@@ -780,7 +777,7 @@ def test_an_endpoint_without_xet_names_the_setting(hub, dataset, name, tmp_path)
     assert offline.returncode == 2 and "HF_HUB_OFFLINE" in offline.stderr.splitlines()[-1]
 
 
-def test_the_token_is_nowhere(hub, publish, dataset, others, name, tmp_path):
+def test_the_token_is_nowhere(hub, dataset, others, name, tmp_path):
     seen = []
 
     def processes():
@@ -801,9 +798,7 @@ def test_the_token_is_nowhere(hub, publish, dataset, others, name, tmp_path):
         assert publisher(others, name).status in (1, 2)
         hub.clear()
     publisher(dataset, name, "--token", hub.token)
-    publisher.close()
-    publisher.errors.seek(0)
-    texts = {"said": "".join(publisher.said), "errors": publisher.errors.read(), "log": repr(hub.log)}
+    texts = {"said": "".join(publisher.said), "errors": publisher.close(), "log": repr(hub.log)}
     texts |= {"processes": b"\n".join(seen).decode(errors="replace")}
     for folder in (dataset, others, home):
         texts |= {str(path): path.read_bytes().decode("latin-1") for path in folder.rglob("*") if path.is_file()}

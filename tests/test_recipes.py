@@ -10,7 +10,8 @@ from timm.data import ImageNetInfo
 
 from edc_hub import cli, documents, keys, recipes
 from edc_hub.errors import InputError
-from edc_hub.recipe import Recipe, selected
+from edc_hub.recipe import Recipe
+from edc_hub.selection import selected
 
 
 PAPER = ["imagenet1k", "imagenet10", "tiny-imagenet", "cifar100", "cifar10"]  # Tables 6 to 10, in this order
@@ -535,7 +536,7 @@ def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatc
         ),
         (
             "--observers.train.batch 1",
-            "observers.train.batch: 1 for convnet_d3, and BatchNorm has no statistics of one",
+            "observers.train.batch: expected at least 2, got 1",
         ),
     ],
 )

@@ -195,6 +195,13 @@ def test_the_table_fits_a_terminal_and_its_columns_are_aligned():
     )
 
 
+def test_a_table_of_a_student_in_a_folder_fits_a_terminal():
+    path = f"transformers/{'a-folder/' * 9}config"
+    text = report.table(results.summarise(everything(student=path, sets=2), about()))
+    assert max(map(len, text.splitlines())) <= 120 and row_of(text, "condensed set").endswith("2 sets x 3 seeds")
+    assert "a-folder/a-folder/config  " in text
+
+
 def test_the_table_shows_every_row_or_why_it_is_not_there():
     kept = [it for it in everything() if it.row not in ("initial", "upper_bound")]
     missing = {"initial": "the set's observers are not published"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from edc_hub import crops, local, matching, networks, synthesize, work
+from edc_hub import crops, matching, networks, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
 from edc_hub.recipe import Recipe
@@ -130,7 +130,7 @@ def test_pixels_stay_in_the_unit_range_and_are_rounded_not_cut():
 
 @pytest.mark.parametrize("order", ["class_major", "across_class"])
 def test_every_image_is_in_exactly_one_block(order):
-    blocks = synthesize.plan(classes=7, ipc=3, block=5, order=order)
+    blocks = synthesize.cut(classes=7, ipc=3, block=5, order=order)
     assert sorted(torch.cat(blocks).tolist()) == list(range(21))
     assert [len(block) for block in blocks] == [5, 5, 5, 5, 1]
     first = (blocks[0] // 3).tolist()
@@ -250,7 +250,7 @@ class Fifty:
 
 def test_local_images_are_drawn_of_the_blocks_classes_and_count_as_the_block_does():
     counts = torch.tensor([0, 3, 0, 1, 0])
-    drawn, weights = local.draw(Fifty(), counts, 6, torch.Generator().manual_seed(0))
+    drawn, weights = synthesize.draw_real(Fifty(), counts, 6, torch.Generator().manual_seed(0))
     assert drawn.shape == (12, 3, 8, 8)
     everything = images(50, seed=4)
     found = [next(r for r in range(50) if torch.equal(everything[r], image)) for image in drawn]
@@ -266,7 +266,7 @@ def test_local_targets_are_the_statistics_of_the_drawn_images_and_leave_the_glob
     given = given._replace(global_mean=given.global_mean[columns], global_var=given.global_var[columns])
     pixels, weights = images(9, seed=5), torch.rand(9, generator=torch.Generator().manual_seed(0))
     weights = weights / weights.sum()
-    found = local.retarget(given, net, pixels, weights, made, session)
+    found = synthesize.retarget(given, net, pixels, weights, made, session)
     seen = []
     exact = copy.deepcopy(net).double()
     for layer in exact.module.modules():
