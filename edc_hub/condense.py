@@ -30,6 +30,9 @@ def command(argv: list[str]) -> None:
     if recipe.method == "relabel":  # the recipe that a relabelled set carries; it makes no images
         raise InputError("method: relabel labels images that are there; write edc-hub relabel RECIPE --images …")
     function = methods.find(recipe.method)
+    folder = launch.run_folder(recipe)
+    launch.refuse_what_is_not_ours(folder)
+    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     if dry_run:
         from . import plan
 
@@ -37,9 +40,6 @@ def command(argv: list[str]) -> None:
             print(f"synthesize: by {recipe.method}, whose time is not projected")
         plan.dry_run(methods.without_synthesis(recipe) if function else recipe)
         return
-    folder = launch.run_folder(recipe)
-    launch.refuse_what_is_not_ours(folder)
-    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     launch.make(recipe, folder, lambda session: condense(recipe, folder, session))
 
 

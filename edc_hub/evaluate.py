@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import comparison, disk, documents, launch
 from .comparison import Comparison, Parsed
+from .errors import InputError
 
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     if asked.split != "test":
         own /= asked.split
     folder = disk.local(asked.output_dir, "output_dir") if asked.output_dir else own
-    return folder, (run or folder).parent / "artifacts"
+    if (folder / "manifest.json").exists():
+        raise InputError(f"output_dir: {folder} is a data set; choose another (a run's own set gets its results too)")
+    return folder, disk.beside(run or folder) / "artifacts"
 
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:

@@ -32,12 +32,12 @@ def command(argv: list[str]) -> None:
     if parsed.print_recipe:
         print(recipes.dump(recipe), end="")
         return
+    folder = launch.run_folder(recipe)
+    launch.refuse_what_is_not_ours(folder)
     if parsed.dry_run:
         with TemporaryDirectory() as nothing, launch.session(recipe, Path(nothing)) as session:
             show_plan(parsed, session)
         return
-    folder = launch.run_folder(recipe)
-    launch.refuse_what_is_not_ours(folder)
     launch.make(recipe, folder, lambda session: relabel(parsed, folder, session))
 
 
@@ -54,8 +54,6 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     clock = pictures.Clock(session)
     with clock("source"):
         foreign, recipe, real = read(parsed)
-        launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
-        _refuse_other_images(folder / "dataset", foreign)
         real.preload()
     launch.begin(recipe, folder, session)
     with clock("observers"):
@@ -83,10 +81,14 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
 
 
 def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
-    """The images, the recipe for as many a class, and the recipe's source."""
+    """The images, the recipe for as many a class, and the recipe's source.
+
+    Raises InputError where they do not go together, and for a run folder that is finished and of others.
+    """
     from . import foreign, labels, source
 
-    real = launch.images(parsed.recipe, launch.run_folder(parsed.recipe))
+    folder = launch.run_folder(parsed.recipe)
+    real = launch.images(parsed.recipe, folder)
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)
@@ -101,6 +103,8 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
         raise InputError(f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of it, or 1")
     if recipe.relabel.controls:
         source.check_ipc(real, recipe.ipc * grid**2)
+    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+    _refuse_other_images(folder / "dataset", found)
     return found, recipe, real
 
 

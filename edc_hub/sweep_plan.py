@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import keys
+from . import disk, keys
 from .cells import Cell, Parsed
 from .protocol import named_students, of_student
 from .recipe import Recipe
@@ -13,7 +13,7 @@ def show(parsed: Parsed) -> str:
     """The cells with what they change and the runs that they need, and counts of what is made once."""
     sweep = parsed.sweep
     runs = {run.output_dir: run for cell in parsed.cells for run in cell.runs}
-    lines = [sweep.title, f"tables: {parsed.folder}", f"runs and artifacts: {parsed.folder.parent}", ""]
+    lines = [sweep.title, f"tables: {parsed.folder}", f"runs and artifacts: {disk.beside(parsed.folder)}", ""]
     for cell in parsed.cells:
         layers = sweep.rows[cell.row], sweep.columns.get(cell.column, {})
         own = (item for layer in layers for item in keys.leaves(layer, Recipe).items())

@@ -16,7 +16,7 @@ from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
-from edc_hub import condense, disk, launch
+from edc_hub import condense, disk, launch, recipes
 
 
 RECIPE = {
@@ -334,3 +334,20 @@ def test_the_examples_of_the_readme_run_as_they_stand(finished, tmp_path, monkey
     pair = torch.tensor([0, 100], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
     task = SimpleNamespace(initial=SimpleNamespace(images=pair), recipe=SimpleNamespace(ipc=2), options={"share": 0.2})
     assert names["blend"](task)[:, 0, 0, 0].tolist() == [10, 90]
+
+
+def test_a_data_set_is_no_folder_for_a_run(toy_run, capsys):
+    before = {path: path.read_bytes() for path in toy_run.rglob("*") if path.is_file()}
+    for inside in ("dataset", "controls/random/0"):
+        argv = [str(toy_run / "recipe.yaml"), "--output_dir", str(toy_run / inside), *MACHINE]
+        for more in ([], ["--dry_run"]):
+            assert f"output_dir: {toy_run / inside} is a data set" in refused(capsys, [*argv, *more])
+    assert {path: path.read_bytes() for path in toy_run.rglob("*") if path.is_file()} == before
+
+
+def test_artifacts_lie_beside_a_run_in_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "runs/one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs/one")
+    for given, place in ((".", "runs"), ("..", "."), ("./", "runs"), ("one", "runs/one"), ("../one", "runs")):
+        folder = launch.artifacts(recipes.parse(["digits", "--output_dir", given], prog="condense").recipe)
+        assert folder.resolve() == (tmp_path / place / "artifacts").resolve(), given

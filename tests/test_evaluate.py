@@ -191,6 +191,14 @@ def test_a_readme_in_the_output_folder_that_is_no_card_is_left_alone(toy_run, tm
     assert (tmp_path / "README.md").read_text() == "# My project\n" and (tmp_path / "curves.png").is_file()
 
 
+def test_another_set_is_no_folder_for_results(toy_run, two, capsys):
+    for folder in (two / "dataset", toy_run / "dataset", toy_run / "controls/initial"):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        line = refused(capsys, "--dataset", toy_run, *FEW, "--output_dir", folder)
+        assert line.startswith(f"output_dir: {folder} is a data set; choose another")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_set_away_from_its_run_has_no_control_images(lonely, toy_run, tmp_path, capsys):
     found = run(lonely, "--seeds", "0", source=toy_run.parent.parent / "toy", out=tmp_path / "out")
     rows = set(found["students"]["narrow"]["rows"])

@@ -285,8 +285,9 @@ def test_images_must_be_named(capsys):
 def test_a_finished_set_is_not_replaced_by_one_of_other_images(run, made, theirs, tmp_path, capsys):
     before = digests(made)
     other = write(tmp_path / "other", theirs[1].flip(0), [i % 10 for i in reversed(range(30))])
-    assert run(other, "made")[0] == 2
-    assert "is finished and of their-digits; give this run another output_dir" in capsys.readouterr().err
+    for more in ([], ["--dry_run"]):
+        assert run(other, "made", *more)[0] == 2
+        assert "is finished and of their-digits; give this run another output_dir" in capsys.readouterr().err
     assert digests(made) == before
 
 
