@@ -28,6 +28,7 @@ from . import (
     hub,
     likeness,
     manifest,
+    randaugment,
     recipes,
     tables,
     terms,
@@ -151,6 +152,15 @@ def _replace(part: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _recipe(path: Path) -> dict[str, Any]:
+    """A resolved recipe that a set or its run carries."""
+    found = documents.load(path)
+    for section in ("source", "evaluation"):
+        if not isinstance(found.get(section), dict):
+            raise InputError(f"{path}: not the recipe of a condensed set, no section {section}; write the set again")
+    return found
+
+
 class CondensedSet:
     """A condensed set of N images and C classes, from a folder or the Hub. Make one with `CondensedSet.load`."""
 
@@ -219,10 +229,9 @@ class CondensedSet:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe that the set carries; in a run's own folder with its path of a local source."""
-        carried = documents.load(self._fetch("recipe.yaml") / "recipe.yaml")
-        run = self.run
-        if run is not None:
-            carried["source"]["path"] = documents.load(run / "recipe.yaml")["source"]["path"]
+        carried = _recipe(self._fetch("recipe.yaml") / "recipe.yaml")
+        if self.run is not None:
+            carried["source"]["path"] = _recipe(self.run / "recipe.yaml")["source"].get("path")
         return carried
 
     @property
@@ -252,6 +261,14 @@ class CondensedSet:
 
     @cached_property
     def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
+        soft = self.manifest["soft_labels"]
+        table = json.dumps(soft.get("randaugment")) not in ("null", json.dumps(randaugment.table()))
+        if table or soft["view_version"] > views.VERSION:
+            raise InputError(
+                f"soft_labels: views of {self.manifest['name']} are those of another edc_hub (view_version "
+                f"{soft['view_version']}, this one replays {views.VERSION}); pip install --upgrade edc-hub, or train "
+                "from its images alone (evaluation.labels mean)"
+            )
         if self._remote:
             return self._remote([path for path in self.manifest["files"] if path.startswith(f"{self._views}/")])
         return pyarrow.dataset.dataset(self._files(self._views))
@@ -286,7 +303,7 @@ class CondensedSet:
     @property
     def grid(self) -> int:
         """Pictures a side of each image; 1: images are no canvases."""
-        return self.manifest.get("decode", {"grid": 1})["grid"]
+        return manifest.grid(self.manifest)
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -329,7 +346,8 @@ class CondensedSet:
     def labelled(self, start: int, stop: int) -> tuple[ViewTable, Tensor]:
         """The views of label epochs `start` to `stop - 1`, one after the other, and mean logits float16 (rows, C).
 
-        Their `image_id` and `mix_image_id` count `pictures`.
+        Their `image_id` and `mix_image_id` count `pictures`. Errors: InputError for views that this version would
+        draw otherwise.
         """
         epoch = pyarrow.dataset.field("epoch")
         table = self._labelled.to_table(filter=(epoch >= start) & (epoch < stop))
