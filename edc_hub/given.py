@@ -67,7 +67,7 @@ def _usage() -> str:
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:
     """The recipe for as many images a class as there are: methods and protocols have values of single IPCs."""
-    return _adapted(recipes.parse([*parsed.rest, *_NOT_USED, f"--ipc={ipc}"], prog="relabel").recipe, parsed.given)
+    return _adapted(recipes.parse([*parsed.rest, *_NOT_USED], prog="relabel", ipc=ipc).recipe, parsed.given)
 
 
 def _apart(argv: list[str]) -> tuple[list[str], list[str]]:

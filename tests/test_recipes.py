@@ -312,9 +312,10 @@ def test_help_lists_every_key_with_its_meaning_type_and_default(capsys):
 def test_the_printed_recipe_is_resolved_and_refuses_another_method(file):
     path = file(recipes.dump(recipe("tiny-imagenet", "--ipc", 1)))
     assert recipe(path) == recipe("tiny-imagenet", "--ipc", 1)
-    assert recipe(path, "--ipc", 10).relabel.epochs == 1000  # the method is not asked again
-    for method in ("edc", "random"):
-        assert error(path, "--method", method).startswith("method: this recipe is resolved")
+    assert recipe(path, "--ipc", 1, "--method", "edc", "--evaluation.protocol", "edc") == recipe(path)  # its own
+    for key, value in {"method": "random", "ipc": 10, "name": "digits", "evaluation.protocol": "dc"}.items():
+        assert error(path, f"--{key}", value).startswith(f"{key}: this recipe is resolved, with the values of {key} ")
+    assert "no protocol 'cd'; " in error(path, "--evaluation.protocol", "cd")
 
 
 def test_an_override_of_observers_train_reaches_the_networks_of_a_printed_recipe(file):
