@@ -51,7 +51,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
     dataset folder."""
     from . import initialize, labels, moments, observers, pictures, synthesize
 
-    clock, function = pictures.Clock(session), methods.find(recipe.method)
+    clock, function = pictures.Clock(session, folder), methods.find(recipe.method)
     with clock("source"):
         real = launch.images(recipe, folder, real)
         initialize.check(recipe, real)
@@ -75,11 +75,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
     for each in itertools.chain([made], others):  # one at a time in memory
         with clock(each.label):
             wrote |= pictures.label_and_write(recipe, real, watching, each, session)
-    if session.state.is_main_process:
-        launch.keep(recipe, folder)
-        if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
-            pictures.write_facts(real, clock, folder, session)
-        pictures.say_where(recipe, real, made.place, session)
+    pictures.finish(recipe, real, made.place, wrote, clock, session)
     return made.place
 
 

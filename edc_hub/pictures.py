@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,21 +87,44 @@ def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures
 
 
 class Clock:
-    """Times the stages: a line on stderr for each, and `seconds` for run.json."""
+    """Times the stages: a line on stderr for each, and `seconds` for run.json, where times of earlier calls in the run
+    `folder` are in them. Of a killed call those up to its last save."""
 
-    def __init__(self, session: Session):
-        self.session, self.seconds = session, {}
+    def __init__(self, session: Session, folder: Path | None = None):
+        self.session, self.saved, self.seconds = session, time.monotonic(), {}
+        self.file = folder / ".seconds.json" if folder and session.state.is_main_process else None
+        if self.file:
+            self.seconds = disk.json_of(self.file) or disk.json_of(folder / "run.json").get("seconds", {})
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.monotonic(), self.seconds.get(stage, 0)
+
+        def keep() -> None:
+            now = time.monotonic()
+            self.seconds[stage] = round(before + now - start, 2)
+            if self.file and now - self.saved >= self.session.checkpoint_seconds:
+                disk.write_atomically(self.file, lambda path: path.write_text(json.dumps(self.seconds)))
+                self.saved = now
+
+        self.session.saved = keep
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
-        self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
+        keep()
+        self.session.report(f"{stage:<20}{time.monotonic() - start:>10.1f} s")
 
 
-def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
-    """Writes run.json, what this call measured; of a stage that an earlier one made, the time of finding it."""
+def finish(recipe: Recipe, real: RealSet, dataset: Path, wrote: bool, clock: Clock, session: Session) -> None:
+    """Leaves recipe.yaml and run.json in the folder of a run whose set is there, and says where that is."""
+    if session.state.is_main_process:
+        launch.keep(recipe, dataset.parent)
+        if wrote or not (dataset.parent / "run.json").exists():  # else all was there, and the times are of finding it
+            _write_facts(real, clock, dataset.parent, session)
+        clock.file.unlink(missing_ok=True)
+        _say_where(recipe, real, dataset, session)
+
+
+def _write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
+    """Writes run.json, what the calls of this run measured; of what another run made, the time of finding it."""
     gpu = session.device.type == "cuda"
     facts = {
         "seconds": clock.seconds,
@@ -117,11 +141,12 @@ def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> 
     disk.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
 
 
-def say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:
-    """Says where the set is, its size, and how to load it."""
+def _say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:
+    """Says where the set is, its size, how to load it, and what comes next."""
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     count = len(real.names) * recipe.ipc
     session.report(
         f"\n{count} images, {size / 2**20:.1f} MiB in {dataset}\n"
-        f'  from datasets import load_dataset\n  load_dataset("{dataset}", split="train")'
+        f'  from datasets import load_dataset\n  load_dataset("{dataset}", split="train")\n'
+        f"  edc-hub evaluate --dataset {shlex.quote(str(dataset.parent))}"
     )

@@ -51,7 +51,7 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     from . import observers, pictures, source
     from .initialize import Initial
 
-    clock = pictures.Clock(session)
+    clock = pictures.Clock(session, folder)
     with clock("source"):
         foreign, recipe, real = read(parsed)
         real.preload()
@@ -72,11 +72,8 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
                 with clock(each.label):
                     wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
     if session.state.is_main_process:
-        launch.keep(recipe, folder)
-        if wrote or not (folder / "run.json").exists():
-            pictures.write_facts(real, clock, folder, session)
         _say_agreement(made.place, session)
-        pictures.say_where(recipe, real, made.place, session)
+    pictures.finish(recipe, real, made.place, wrote, clock, session)
     return made.place
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
-from edc_hub import condense, disk, launch, recipes
+from edc_hub import condense, disk, launch, recipes, work
 
 
 RECIPE = {
@@ -96,7 +97,29 @@ def test_a_run_says_what_each_stage_took_and_how_to_load_the_set(finished):
     facts = json.loads((runs / "run" / "run.json").read_text())
     for stage in ("observers", "moments", "initialize", "synthesize", "relabel", "control initial"):
         assert f"\n{stage}" in done.stderr and facts["seconds"][stage] >= 0
+    assert f"edc-hub evaluate --dataset {runs / 'run'}" in done.stderr
     assert "load_dataset(" in done.stderr and facts["processes"] == 1 and facts["threads"] == 1
+
+
+def test_a_run_that_was_killed_tells_the_time_of_all_its_calls(tmp_path, monkeypatch):
+    more, save, saved = ("--relabel.controls", "false", "--checkpoint_seconds", "0"), work.Store.save, []
+
+    def killed(store, unit, *made):
+        saved.append(unit)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.5)
+        save(store, unit, *made)
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(work.Store, "save", killed)
+        condensed(tmp_path, "first", *more)
+    run = tmp_path / "runs/first"
+    assert [unit.stage for unit in saved] == ["observers"] * 2 and not (run / "run.json").exists()
+    before = json.loads((run / ".seconds.json").read_text())["observers"]
+    condensed(tmp_path, "first", *more)
+    assert json.loads((run / "run.json").read_text())["seconds"]["observers"] >= before >= 0.5
+    assert not (run / ".seconds.json").exists()
 
 
 def test_the_controls_have_the_schema_of_the_set_and_other_images(finished):
