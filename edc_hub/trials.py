@@ -288,10 +288,12 @@ class Bench:
             progress=progress,
             label=f"{trial.student} {trial.row}",
         )
+        read = self._read_bytes(trial, section)
         facts = {
             "steps": section.epochs * lessons.steps,
             "images": lessons.count,
-            "bytes": self._read_bytes(trial, section),
+            "bytes": read and sum(read.values()),
+            "bytes_of": read,
             "device": launch.device_name(self.session),
             **machine(self.session),
             "seconds": round(progress.elapsed, 1),
@@ -359,13 +361,13 @@ class Bench:
         """What a student with this source of labels downloads: images, labels, views, observers' weights."""
         return condensed.sizes(labels) | {"observers": self.teachers.bytes if labels == "online" else 0}
 
-    def _read_bytes(self, trial: Trial, section: Evaluation) -> int | None:
-        """What a row's images and labels take; of the whole real set nobody knows."""
+    def _read_bytes(self, trial: Trial, section: Evaluation) -> dict[str, int] | None:
+        """What a row's images and labels take, as `bytes` has it; of the whole real set nobody knows."""
         if trial.row == "upper_bound":
             return None
         if trial.row.startswith("real"):
-            return self._of_equal_bytes(trial)[1]
+            return {"images": self._of_equal_bytes(trial)[1], "labels": 0, "views": 0, "observers": 0}
         sizes = self.bytes(trial.images, section.labels)
         if trial.row == "hard_mixed" and self.sections[trial.student].labels == "stored":
             sizes["views"] = trial.images.sizes("stored")["views"]  # they say how images are mixed
-        return sum(sizes.values())
+        return sizes

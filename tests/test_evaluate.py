@@ -290,6 +290,7 @@ def test_labels_may_be_the_means_or_made_online_and_bytes_say_so(toy_run, tmp_pa
     assert mean["bytes"]["images"] == online["bytes"]["images"]  # the one soft label of each image is no image
     assert online["bytes"]["labels"] == 0 < online["bytes"]["observers"]
     assert online["rows"]["set"]["bytes"] == online["bytes"]["images"] + online["bytes"]["observers"]
+    assert online["rows"]["set"]["bytes_of"] == online["bytes"] and mean["rows"]["set"]["bytes_of"] == mean["bytes"]
     assert "labels online" in online["protocol"] and "labels mean" in mean["protocol"]
 
 
