@@ -118,7 +118,8 @@ def write(
                 "file or weights have changed); give this run another output_dir"
             )
         theirs = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        text = card.render(facts, recipe.evaluation, folder.name, data=data, old=theirs, measured=same)
+        place = f"./{folder.name}"  # no Hub id: load_dataset takes whatever set of such a name is cached
+        text = card.render(facts, recipe.evaluation, place, data=data, old=theirs, measured=same)
         _write_text(part / "README.md", text)
         if same:
             _carry(folder, part, old["fingerprint"], facts["fingerprint"])

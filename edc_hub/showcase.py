@@ -48,7 +48,7 @@ def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     from . import source
 
     manifest = manifests.read(run / "dataset/manifest.json")
-    code = snippets.example(manifest, recipe.evaluation, "dataset")
+    code = snippets.example(manifest, recipe.evaluation, "./dataset")
     test = source.load(recipe.source, "test")
     images, labels = test.images(test.rows()), test.labels[test.rows()]
     found = []
