@@ -343,3 +343,9 @@ def test_help_lists_the_keys_of_the_images_and_of_the_recipe(capsys):
     out = capsys.readouterr().out
     assert left.value.code == 0
     assert "--label_column  text or null" in out and "--images.format" in out and "--relabel.epochs" in out
+
+
+def test_a_run_stands_for_the_set_that_it_made(made, digits):
+    ours, same = load(made, digits), load(made / "dataset", digits)
+    assert torch.equal(ours.images, same.images) and ours.facts == same.facts
+    assert given.parse(["digits", "--images", str(made)]).recipe.output_dir == "runs/digits-relabel-made"
