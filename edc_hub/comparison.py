@@ -44,7 +44,9 @@ class Comparison(Section):
     source: Source = Field(Source(), description="the real set, as the condensed set's recipe has it")
     evaluation: Evaluation = Field(Evaluation(), description="protocol, as the condensed set's recipe has it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
-    threads: Threads | None = Field(None, description="CPU threads a process; cores / local processes when not given")
+    threads: Threads | None = Field(
+        None, description="CPU threads a process; as the run's when not given, else cores / local processes"
+    )
     checkpoint_seconds: Rate = Field(60.0, description="seconds between the saves inside a long unit of work")
     output_dir: str | None = Field(None, description="run folder; evaluation/ beside the set when not given")
 
@@ -202,7 +204,8 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
         source["revision"] = first.manifest["source"]["commit"] or source["revision"]
-    under = [{"source": source}, {"evaluation": below}]
+    threads = documents.load(first.run / "recipe.yaml").get("threads") if first.run else None
+    under = [{"source": source}, {"evaluation": below}, {"threads": threads}]
     return keys.layered([*under, given], Comparison)
 
 

@@ -697,3 +697,10 @@ def test_controls_are_looked_up_once_for_all_students(toy_run, session, monkeypa
     made = bench(toy_run, session, "--evaluation.students", json.dumps([STUDENT, {**STUDENT, "name": "other"}]))
     found = {trial.student: trial.images for trial in made.trials() if trial.row == "initial"}
     assert asked == ["initial", "random"] and found["narrow"] is found["other"]
+
+
+def test_students_have_the_threads_of_the_run_that_made_the_set(toy_run, lonely):
+    def threads(*argv):
+        return comparison.parse(["--dataset", *map(str, argv)]).comparison.threads
+
+    assert (threads(toy_run), threads(toy_run, "--threads", 2), threads(lonely)) == (1, 2, None)
