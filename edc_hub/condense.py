@@ -29,6 +29,8 @@ def command(argv: list[str]) -> None:
         return
     if recipe.method == "relabel":  # the recipe that a relabelled set carries; it makes no images
         raise InputError("method: relabel labels images that are there; write edc-hub relabel RECIPE --images …")
+    if launch.is_first() and (line := recipes.without_values(recipe)):
+        print(line, file=sys.stderr)
     function = methods.find(recipe.method)
     folder = launch.run_folder(recipe)
     launch.refuse_what_is_not_ours(folder)

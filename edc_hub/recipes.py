@@ -236,6 +236,17 @@ def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
     return found
 
 
+def without_values(recipe: Recipe) -> str:
+    """A line where neither the recipe's method nor one it stands on knows its data set by name; else empty."""
+    method = BASE if ":" in recipe.method else recipe.method
+    while method:
+        content = load(_known("method", method, "method"))
+        if recipe.name in content:
+            return ""
+        method = content.get("base")
+    return f"method {recipe.method}: it has no values of its own for '{recipe.name}'; those for all data sets are used"
+
+
 # Writing
 
 

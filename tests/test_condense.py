@@ -329,7 +329,8 @@ def test_a_dry_run_finds_weights_that_are_not_there(recipe, tmp_path, capsys):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert condense.main(arguments(recipe, tmp_path, "--dry_run")) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "no values of its own" not in err  # for the digits edc has some
     for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels", "disk"):
         assert word in out
     assert list(tmp_path.iterdir()) == []
@@ -374,3 +375,9 @@ def test_artifacts_lie_beside_a_run_in_the_folder_one_is_in(tmp_path, monkeypatc
     for given, place in ((".", "runs"), ("..", "."), ("./", "runs"), ("one", "runs/one"), ("../one", "runs")):
         folder = launch.artifacts(recipes.parse(["digits", "--output_dir", given], prog="condense").recipe)
         assert folder.resolve() == (tmp_path / place / "artifacts").resolve(), given
+
+
+def test_a_run_on_a_data_set_that_the_method_does_not_know_says_so(toy_run, capsys):
+    argv = [str(toy_run / "recipe.yaml"), "--output_dir", str(toy_run.parent / "none"), *MACHINE, "--dry_run"]
+    assert condense.main(argv) == 0
+    assert "method edc: it has no values of its own for 'toy'; " in capsys.readouterr().err
