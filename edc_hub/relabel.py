@@ -143,16 +143,19 @@ def _say_agreement(dataset: Path, session: "Session") -> None:
 
 def show_plan(parsed: Parsed, session: "Session") -> None:
     """Prints what would be made on stdout; trains, labels and writes nothing."""
-    foreign, recipe, real = read(parsed)
-    if session.state.is_main_process:
-        from . import plan
+    from . import plan
 
-        section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
-        sets = 1 + section.random_draws * section.controls
+    foreign, recipe, real = read(parsed)
+    section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
+    networks = plan.untrained(recipe, classes, session)
+    if session.state.is_main_process:
         print(f"{foreign.facts['id']}: {classes} classes, {recipe.ipc} images each, {foreign.images.shape[-1]} px")
         print(f"run folder: {launch.run_folder(recipe)}")
         print(f"observers: {', '.join(net.name for net in recipe.observers.networks)}")
-        print(f"sets: {sets}")
+        print(f"sets: {1 + section.random_draws * section.controls}", flush=True)
+    seconds = plan.project(recipe, real, networks, session, foreign.images)
+    if session.state.is_main_process:
+        plan.times({stage: seconds[stage] for stage in ("observers", "relabel")})
         plan.show(recipe, plan.sizes(recipe, foreign.images, count, classes))
 
 

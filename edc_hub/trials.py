@@ -264,6 +264,23 @@ class Bench:
         store = self.session.store
         return [Done(trial, store.load(unit), store.facts(unit)) for unit, trial in by_unit.items()]
 
+    def seconds(self, trials: list[Trial]) -> float:
+        """Projected seconds of trials of one student, from a few steps of one of them; nothing of it is kept."""
+        from . import plan
+
+        trial = min(trials, key=lambda it: it.row == "upper_bound")  # which reads the whole real set
+        section, name = self._section(trial), trial.student
+        self.session.report(f"measuring {name}")
+        learner = students.Learner(self.network(name, 0), section, self.session)
+        learner.begin(section.lr)
+        batch = next(self._feed(trial, section, 0).epoch(0, work.generator(0, STAGE, "time")))
+        return plan.seconds_of(lambda: learner.step(batch), self.session) * sum(map(self._steps, trials))
+
+    def _steps(self, trial: Trial) -> int:
+        section, whole = self._section(trial), trial.row == "upper_bound"
+        count = len(self.real.rows()) if whole else trial.images.manifest["images"]["count"]
+        return section.epochs * feed.steps(count, section.batch, full=not whole and self._whole_batches(trial))
+
     def _section(self, trial: Trial) -> Evaluation:
         """The student's protocol, changed as the row asks."""
         section = self.sections[trial.student]

@@ -331,6 +331,8 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert condense.main(arguments(recipe, tmp_path, "--dry_run")) == 0
     out, err = capsys.readouterr()
     assert "no values of its own" not in err  # for the digits edc has some
+    for what in ("plain looking at images", "wide in training", "moments of plain", "synthesis by wide", "views"):
+        assert f"measuring {what}\n" in err
     for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels", "disk"):
         assert word in out
     assert list(tmp_path.iterdir()) == []

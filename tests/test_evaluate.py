@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -127,6 +128,26 @@ def test_every_student_is_trained_on_every_set_with_every_seed_and_on_all_contro
         each = {(one["set"], one["seed"]) for one in student["rows"]["set"]["each"]}
         assert each == {(number, seed) for number in (0, 1) for seed in (0, 1)}
         assert student["margin"]["n"] == 4 and set(student["dd_ranking"]) == {"hlr", "ior", "lrs"}
+
+
+def test_a_dry_run_says_what_is_missing_and_writes_nothing(whole, toy_run, lonely, capsys):
+    root = toy_run.parent.parent
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+    def said(*argv):
+        assert evaluate.main([*map(str, argv), "--dry_run"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert re.search(r"narrow 0 of 25 0.0 s wide 0 of 25 0.0 s total 0 of 50 0.0 s ", said(*whole.argv))
+    out = said(*whole.argv, "--seeds", "0,7")
+    assert re.search(r"narrow 12 of 25 [\d.]+ s wide 12 of 25 [\d.]+ s total 24 of 50 [\d.]+ s ", out), out
+    sizes = CondensedSet.load(toy_run / "dataset").sizes("stored")
+    parts = f"(images {sizes['images']:,}, labels {sizes['labels']:,}, views {sizes['views']:,}, observers 0)"
+    assert f"bytes of the set, labels stored: {sum(sizes.values()):,} {parts}" in out
+    assert "random: not counted; made first, where it can be" in said(
+        "--dataset", lonely, *MACHINE, "--source.path", root / "toy"
+    )
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before and not os.path.exists("runs/lonely")
 
 
 def test_the_same_command_again_trains_nothing_and_says_the_same(whole, toy_run, capsys):

@@ -297,6 +297,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, theirs, capsys):
     assert status == 0 and not folder.exists()
     assert "their-digits: 10 classes, 3 images each, 8 px" in out and "sets: 2\n" in out
     assert re.search(r"soft_labels +60 rows .* MiB before compression, dense\n", out)
+    assert re.search(r"\nobservers +[\d.]+ s\nrelabel +[\d.]+ s\ntotal +[\d.]+ s\n", out)
 
 
 def test_a_set_is_published_once_it_is_labelled(made, theirs, tmp_path):
