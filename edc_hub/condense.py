@@ -6,7 +6,6 @@ Six stages, each an artefact that the next reads: observers, moments, initial im
 dataset folder. The same command again goes on where it was; on several processes it gives the same bytes.
 """
 
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,13 +71,8 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
             images = methods.obtain(function, recipe, real, watching, initial, session)
         else:
             images = synthesize.obtain(recipe, real, watching, targets, initial, session)
-    made, wrote = pictures.Pictures("relabel", folder / "dataset", images, initial, None), False
-    others = pictures.controls(recipe, real, initial, folder) if recipe.relabel.controls else []
-    for each in itertools.chain([made], others):  # one at a time in memory
-        with clock(each.label):
-            wrote |= pictures.label_and_write(recipe, real, watching, each, session)
-    pictures.finish(recipe, real, made.place, wrote, clock, session)
-    return made.place
+    made = pictures.Pictures("relabel", folder / "dataset", images, initial, None)
+    return pictures.finish(recipe, real, watching, made, clock, session)
 
 
 if __name__ == "__main__":

@@ -370,7 +370,7 @@ class CondensedSet:
         ORG/NAME, where the observers of the set's run are to be published too, each as `ORG/NAME-<observer>`.
         Errors: InputError where the Hub refuses, and for a tag that holds other content.
         """
-        from . import publish
+        from . import pushing
 
         folder = self._fetch("*")  # all of it, where it came from the Hub
-        return publish.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag
+        return pushing.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag

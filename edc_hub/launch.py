@@ -158,7 +158,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
     `hub.push` says so; what the Hub would refuse is found before the job."""
     publishes = recipe.hub.push and is_first()
     if publishes:
-        from . import publish, pushing
+        from . import pushing
 
         pushing.before(recipe, folder / "dataset")
     with lock(folder), session(recipe, artifacts(recipe)) as running:
@@ -166,7 +166,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
         if running.state.is_main_process:
             print(dataset)
     if publishes:
-        publish.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
+        pushing.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:

@@ -35,16 +35,11 @@ class Pictures(NamedTuple):
     epochs: int | None = None  # label epochs of a control: those of its set
 
 
-def controls(
-    recipe: Recipe, real: RealSet, initial: Initial, folder: Path, epochs: int | None = None
-) -> Iterator[Pictures]:
+def controls(recipe: Recipe, real: RealSet, initial: Initial, folder: Path, epochs: int) -> Iterator[Pictures]:
     """What synthesis is held against: the images it started from, and draws of random real images.
 
-    They are labelled for as many epochs as the set: `epochs`, or those of `folder/dataset`, which is written before
-    the first control is asked for.
+    They are labelled for as many `epochs` as the set.
     """
-    if epochs is None:
-        epochs = condensed.CondensedSet.load(folder / "dataset").epochs
     place = folder / "controls" / "initial"
     yield Pictures("control initial", place, initial.images, initial, "initial", epochs=epochs)
     generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
@@ -65,8 +60,13 @@ def control_folders(run: Path, kind: str) -> list[Path]:
     return [place for place in places if (place / "manifest.json").is_file()]
 
 
-def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures: Pictures, session: Session) -> bool:
-    """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
+def label_and_write(
+    recipe: Recipe, real: RealSet, watching: Observers, pictures: Pictures, session: Session
+) -> tuple[bool, int]:
+    """Encodes the images, labels what a reader will decode, writes the dataset folder.
+
+    Returns whether it was not there, on the main process, and the label epochs.
+    """
     files = encoding.encode(pictures.images, recipe.images)
     soft = labels.obtain(recipe, encoding.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
@@ -83,7 +83,7 @@ def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures
             origin=pictures.origin,
         )
     session.wait()
-    return wrote
+    return wrote, soft.epochs
 
 
 class Clock:
@@ -113,14 +113,34 @@ class Clock:
         self.session.report(f"{stage:<20}{time.monotonic() - start:>10.1f} s")
 
 
-def finish(recipe: Recipe, real: RealSet, dataset: Path, wrote: bool, clock: Clock, session: Session) -> None:
-    """Leaves recipe.yaml and run.json in the folder of a run whose set is there, and says where that is."""
+def finish(
+    recipe: Recipe,
+    real: RealSet,
+    watching: Observers,
+    made: Pictures,
+    clock: Clock,
+    session: Session,
+    *,
+    alike: RealSet | None = None,
+) -> Path:
+    """Labels and writes the set of a run and its controls, then recipe.yaml and run.json; says where the set is.
+
+    Args: alike: the real images as large as those of the set, where `real` has others. Returns the dataset folder.
+    """
+    alike, folder = alike or real, made.place.parent
+    with clock(made.label):
+        wrote, epochs = label_and_write(recipe, real, watching, made, session)
+    for each in controls(recipe, alike, made.initial, folder, epochs) if recipe.relabel.controls else ():
+        if each.control == "random" or not made.origin:  # what others' images started from nobody knows
+            with clock(each.label):
+                wrote |= label_and_write(recipe, alike, watching, each, session)[0]
     if session.state.is_main_process:
-        launch.keep(recipe, dataset.parent)
-        if wrote or not (dataset.parent / "run.json").exists():  # else all was there, and the times are of finding it
-            _write_facts(real, clock, dataset.parent, session)
+        launch.keep(recipe, folder)
+        if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
+            _write_facts(real, clock, folder, session)
         clock.file.unlink(missing_ok=True)
-        _say_where(recipe, real, dataset, session)
+        _say_where(recipe, real, made.place, session)
+    return made.place
 
 
 def _write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:

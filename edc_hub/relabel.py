@@ -60,20 +60,13 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
         watching = observers.obtain(recipe, real, session)
     unknown = Initial(foreign.images, torch.full((len(foreign.images), 1), -1, dtype=torch.int32), "")
     made = pictures.Pictures("relabel", folder / "dataset", foreign.images, unknown, None, foreign.facts)
-    with clock(made.label):
-        wrote = pictures.label_and_write(recipe, real, watching, made, session)
-    if recipe.relabel.controls:
-        alike, size = real, foreign.images.shape[-1]
-        if size != real.size:  # of the same commit, which a finished run keeps to
-            again = {"size": size, "revision": real.commit or recipe.source.revision}
-            alike = source.load(recipe.source.model_copy(update=again))
-        for each in pictures.controls(recipe, alike, unknown, folder):
-            if each.control == "random":  # what these images started from nobody knows
-                with clock(each.label):
-                    wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
+    alike, size = real, foreign.images.shape[-1]
+    if recipe.relabel.controls and size != real.size:  # of the same commit, which a finished run keeps to
+        again = {"size": size, "revision": real.commit or recipe.source.revision}
+        alike = source.load(recipe.source.model_copy(update=again))
+    pictures.finish(recipe, real, watching, made, clock, session, alike=alike)
     if session.state.is_main_process:
         _say_agreement(made.place, session)
-    pictures.finish(recipe, real, made.place, wrote, clock, session)
     return made.place
 
 
