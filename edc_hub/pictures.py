@@ -110,6 +110,7 @@ class Clock:
         self.session.saved = keep
         yield
         keep()
+        self.session.saved = lambda: None
         self.session.report(f"{stage:<20}{time.monotonic() - start:>10.1f} s")
 
 
