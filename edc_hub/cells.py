@@ -170,7 +170,7 @@ def _cell(
         if sweep.split == "holdout" and not recipe.source.holdout:
             raise InputError("source.holdout: 0 keeps no image back for --split holdout; write --source.holdout 0.1")
         made = _made(base, overrides) or recipe
-    runs = [_run(made.model_copy(update={"seed": seed}), folder.parent) for seed in sweep.set_seeds]
+    runs = [_run(made.model_copy(update={"seed": seed}), disk.beside(folder)) for seed in sweep.set_seeds]
     facts = {name: getattr(sweep, name) for name in ("seeds", "split", "controls")}
     facts |= {"evaluation": recipe.evaluation.model_dump(), "runs": [Path(run.output_dir).name for run in runs]}
     name = "--".join(_plain(label) for label in (row, column) if label)

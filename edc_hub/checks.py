@@ -145,7 +145,7 @@ def disk(recipe: Recipe | None) -> Iterator[Finding]:
     """Room where runs, downloads and prepared sets go, and whether one may write there."""
     import datasets
 
-    runs = launch.run_folder(recipe).parent if recipe else Path("runs")
+    runs = launch.artifacts(recipe).parent if recipe else Path("runs")
     caches = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     for name, place in zip(("runs", "hub cache", "data cache"), (runs, *caches), strict=True):
         elsewhere = "write --output_dir on another disk" if name == "runs" else "set HF_HOME to another disk"

@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # torch is imported once the keys are known to be right
     from .condensed import CondensedSet
 
 
-_FLAGS = {"print_recipe": "print the resolved recipe and what its rows are called"}
+_FLAGS = {
+    "dry_run": "print which students are missing and the projected time, write nothing",
+    "print_recipe": "print the resolved recipe and what its rows are called",
+}
 _SHIPPED = recipes.ROOT / "evaluation"
 _ONE_TEACHER = ("rded", "sre2l", "cda", "rd3")  # protocols whose labels are those of one trained ResNet-18
 _MADE = ("name", "method", "options", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # the set
@@ -44,7 +47,9 @@ class Comparison(Section):
     source: Source = Field(Source(), description="the real set, as the condensed set's recipe has it")
     evaluation: Evaluation = Field(Evaluation(), description="protocol, as the condensed set's recipe has it")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where networks run")
-    threads: Threads | None = Field(None, description="CPU threads a process; cores / local processes when not given")
+    threads: Threads | None = Field(
+        None, description="CPU threads a process; as the run's when not given, else cores / local processes"
+    )
     checkpoint_seconds: Rate = Field(60.0, description="seconds between the saves inside a long unit of work")
     output_dir: str | None = Field(None, description="run folder; evaluation/ beside the set when not given")
 
@@ -63,7 +68,8 @@ class Parsed(NamedTuple):
     comparison: Comparison
     sets: "list[CondensedSet]"
     protocol: str  # with what differs from the preset
-    print_recipe: bool
+    dry_run: bool = False
+    print_recipe: bool = False
 
 
 def parse(argv: list[str]) -> Parsed:
@@ -83,7 +89,7 @@ def parse(argv: list[str]) -> Parsed:
     layers = [documents.load(recipes.find(named[0], _SHIPPED))] if named else []
     found = resolve(keys.layered([*layers, overrides], Comparison))
     recipes.refuse_strangers(overrides, found.comparison.evaluation)
-    return found._replace(print_recipe=flags["print_recipe"])
+    return found._replace(**flags)
 
 
 def resolve(given: dict[str, Any]) -> Parsed:
@@ -106,7 +112,7 @@ def resolve(given: dict[str, Any]) -> Parsed:
     for key in ("size", "mean", "std"):
         if key in (given.get("source") or {}) and getattr(comparison.source, key) != sets[0].recipe["source"][key]:
             raise InputError(f"source.{key}: students see the set's images, which decide it; remove it")
-    return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]), print_recipe=False)
+    return Parsed(comparison, sets, _row_name(comparison.evaluation, sets[0]))
 
 
 def _usage() -> str:
@@ -198,7 +204,8 @@ def _resolved(given: dict[str, Any], first: "CondensedSet") -> dict[str, Any]:
     source, wanted = dict(carried["source"]), given.get("source") or {}
     if wanted.get("path", source["path"]) == source["path"]:  # the images it was made from, whatever came since
         source["revision"] = first.manifest["source"]["commit"] or source["revision"]
-    under = [{"source": source}, {"evaluation": below}]
+    threads = documents.load(first.run / "recipe.yaml").get("threads") if first.run else None
+    under = [{"source": source}, {"evaluation": below}, {"threads": threads}]
     return keys.layered([*under, given], Comparison)
 
 

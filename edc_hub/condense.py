@@ -6,7 +6,6 @@ Six stages, each an artefact that the next reads: observers, moments, initial im
 dataset folder. The same command again goes on where it was; on several processes it gives the same bytes.
 """
 
-import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +28,12 @@ def command(argv: list[str]) -> None:
         return
     if recipe.method == "relabel":  # the recipe that a relabelled set carries; it makes no images
         raise InputError("method: relabel labels images that are there; write edc-hub relabel RECIPE --images …")
+    if launch.is_first() and (line := recipes.without_values(recipe)):
+        print(line, file=sys.stderr)
     function = methods.find(recipe.method)
+    folder = launch.run_folder(recipe)
+    launch.refuse_what_is_not_ours(folder)
+    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     if dry_run:
         from . import plan
 
@@ -37,9 +41,6 @@ def command(argv: list[str]) -> None:
             print(f"synthesize: by {recipe.method}, whose time is not projected")
         plan.dry_run(methods.without_synthesis(recipe) if function else recipe)
         return
-    folder = launch.run_folder(recipe)
-    launch.refuse_what_is_not_ours(folder)
-    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     launch.make(recipe, folder, lambda session: condense(recipe, folder, session))
 
 
@@ -51,7 +52,7 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
     dataset folder."""
     from . import initialize, labels, moments, observers, pictures, synthesize
 
-    clock, function = pictures.Clock(session), methods.find(recipe.method)
+    clock, function = pictures.Clock(session, folder), methods.find(recipe.method)
     with clock("source"):
         real = launch.images(recipe, folder, real)
         initialize.check(recipe, real)
@@ -70,17 +71,8 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
             images = methods.obtain(function, recipe, real, watching, initial, session)
         else:
             images = synthesize.obtain(recipe, real, watching, targets, initial, session)
-    made, wrote = pictures.Pictures("relabel", folder / "dataset", images, initial, None), False
-    others = pictures.controls(recipe, real, initial, folder) if recipe.relabel.controls else []
-    for each in itertools.chain([made], others):  # one at a time in memory
-        with clock(each.label):
-            wrote |= pictures.label_and_write(recipe, real, watching, each, session)
-    if session.state.is_main_process:
-        launch.keep(recipe, folder)
-        if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
-            pictures.write_facts(real, clock, folder, session)
-        pictures.say_where(recipe, real, made.place, session)
-    return made.place
+    made = pictures.Pictures("relabel", folder / "dataset", images, initial, None)
+    return pictures.finish(recipe, real, watching, made, clock, session)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from . import (
     encoding,
     likeness,
     manifest,
+    randaugment,
     recipes,
     remote,
     tables,
@@ -117,7 +118,8 @@ def write(
                 "file or weights have changed); give this run another output_dir"
             )
         theirs = readme.read_text(encoding="utf-8") if readme.is_file() else None
-        text = card.render(facts, recipe.evaluation, folder.name, data=data, old=theirs, measured=same)
+        place = f"./{folder.name}"  # no Hub id: load_dataset takes whatever set of such a name is cached
+        text = card.render(facts, recipe.evaluation, place, data=data, old=theirs, measured=same)
         _write_text(part / "README.md", text)
         if same:
             _carry(folder, part, old["fingerprint"], facts["fingerprint"])
@@ -149,6 +151,15 @@ def _replace(part: Path, folder: Path) -> None:
         folder.rename(old)
     part.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """A resolved recipe that a set or its run carries."""
+    found = documents.load(path)
+    for section in ("source", "evaluation"):
+        if not isinstance(found.get(section), dict):
+            raise InputError(f"{path}: not the recipe of a condensed set, no section {section}; write the set again")
+    return found
 
 
 class CondensedSet:
@@ -219,10 +230,9 @@ class CondensedSet:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe that the set carries; in a run's own folder with its path of a local source."""
-        carried = documents.load(self._fetch("recipe.yaml") / "recipe.yaml")
-        run = self.run
-        if run is not None:
-            carried["source"]["path"] = documents.load(run / "recipe.yaml")["source"]["path"]
+        carried = _recipe(self._fetch("recipe.yaml") / "recipe.yaml")
+        if self.run is not None:
+            carried["source"]["path"] = _recipe(self.run / "recipe.yaml")["source"].get("path")
         return carried
 
     @property
@@ -252,6 +262,14 @@ class CondensedSet:
 
     @cached_property
     def _labelled(self) -> pyarrow.dataset.Dataset | Parquet:
+        soft = self.manifest["soft_labels"]
+        table = json.dumps(soft.get("randaugment")) not in ("null", json.dumps(randaugment.table()))
+        if table or soft["view_version"] > views.VERSION:
+            raise InputError(
+                f"soft_labels: views of {self.manifest['name']} are those of another edc_hub (view_version "
+                f"{soft['view_version']}, this one replays {views.VERSION}); pip install --upgrade edc-hub, or train "
+                "from its images alone (evaluation.labels mean)"
+            )
         if self._remote:
             return self._remote([path for path in self.manifest["files"] if path.startswith(f"{self._views}/")])
         return pyarrow.dataset.dataset(self._files(self._views))
@@ -286,7 +304,7 @@ class CondensedSet:
     @property
     def grid(self) -> int:
         """Pictures a side of each image; 1: images are no canvases."""
-        return self.manifest.get("decode", {"grid": 1})["grid"]
+        return manifest.grid(self.manifest)
 
     @cached_property
     def pictures(self) -> Tensor:
@@ -329,7 +347,8 @@ class CondensedSet:
     def labelled(self, start: int, stop: int) -> tuple[ViewTable, Tensor]:
         """The views of label epochs `start` to `stop - 1`, one after the other, and mean logits float16 (rows, C).
 
-        Their `image_id` and `mix_image_id` count `pictures`.
+        Their `image_id` and `mix_image_id` count `pictures`. Errors: InputError for views that this version would
+        draw otherwise.
         """
         epoch = pyarrow.dataset.field("epoch")
         table = self._labelled.to_table(filter=(epoch >= start) & (epoch < stop))
@@ -351,7 +370,7 @@ class CondensedSet:
         ORG/NAME, where the observers of the set's run are to be published too, each as `ORG/NAME-<observer>`.
         Errors: InputError where the Hub refuses, and for a tag that holds other content.
         """
-        from . import publish
+        from . import pushing
 
         folder = self._fetch("*")  # all of it, where it came from the Hub
-        return publish.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag
+        return pushing.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag

@@ -29,10 +29,10 @@ def models(folder: Path, id: str, dataset_id: str, place: Path) -> list[Version]
 
 def observers(folder: Path, id: str, versions: list[Version], tags: list[str]) -> dict[str, Any]:
     """The content of OBSERVERS for a dataset folder whose observers are published as `versions` with these tags."""
-    from . import observer_repo
+    from . import manifest, observer_repo
 
     found, there = {}, {version.id: (version, tag) for version, tag in zip(versions, tags, strict=True)}
-    for entry in json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["observers"]:
+    for entry in manifest.read(folder / "manifest.json")["observers"]:
         version, tag = there[f"{id}-{entry['name'].partition('@')[0]}"]
         snapshots = json.loads(version.files[observer_repo.FACTS].content)["snapshots"]
         file = next(snapshot["file"] for snapshot in snapshots if snapshot["epochs"] == entry["epochs"])

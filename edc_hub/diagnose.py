@@ -54,7 +54,7 @@ def command(argv: list[str]) -> None:
     recipe = recipes.of_run(run)
     recipe = recipe.model_copy(update=options.model_dump(include={"device", "threads"}, exclude_none=True))
     folder = disk.local(options.output_dir, "output_dir") if options.output_dir else run
-    with launch.lock(folder), launch.session(recipe, run.absolute().parent / "artifacts") as session:
+    with launch.lock(folder), launch.session(recipe, disk.beside(run.absolute()) / "artifacts") as session:
         diagnose(finished.Finished(run, recipe, session), options, folder)
 
 

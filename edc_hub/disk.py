@@ -36,6 +36,11 @@ def local(path: str | Path, key: str) -> Path:
     return Path(found)
 
 
+def beside(folder: Path) -> Path:
+    """The folder that `folder` lies in, which `.parent` of . and .. does not name."""
+    return (folder if folder.name not in ("", "..") else Path(os.path.abspath(folder))).parent
+
+
 def temporary(path: Path) -> Path:
     """A name beside `path` that carries host and process, for writing before a rename."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import comparison, disk, documents, launch
 from .comparison import Comparison, Parsed
+from .errors import InputError
 
 
 if TYPE_CHECKING:
@@ -22,13 +23,17 @@ if TYPE_CHECKING:
 
 
 def command(argv: list[str]) -> None:
-    """Parses, then prints the recipe or trains and reports."""
+    """Parses, then prints the recipe or the plan, or trains and reports."""
     parsed = comparison.parse(argv)
     if parsed.print_recipe:
         print(documents.write(parsed.comparison.model_dump()), end="")
         print(f"# rows are called: {parsed.protocol}", file=sys.stderr)
         return
     folder, store = places(parsed.comparison, parsed.sets[0])
+    if parsed.dry_run:
+        with launch.session(parsed.comparison, store) as session:
+            show_plan(parsed, folder, session)
+        return
     with launch.lock(folder), launch.session(parsed.comparison, store) as session:
         evaluate(parsed, folder, session)
 
@@ -48,7 +53,9 @@ def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     if asked.split != "test":
         own /= asked.split
     folder = disk.local(asked.output_dir, "output_dir") if asked.output_dir else own
-    return folder, (run or folder).parent / "artifacts"
+    if (folder / "manifest.json").exists():
+        raise InputError(f"output_dir: {folder} is a data set; choose another (a run's own set gets its results too)")
+    return folder, disk.beside(run or folder) / "artifacts"
 
 
 def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]:
@@ -74,6 +81,39 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         trackers.log(asked, folder, done, outcomes)
     session.wait()
     return found
+
+
+def show_plan(parsed: Parsed, folder: Path, session: "Session") -> None:
+    """Prints which students are missing, how long they would take and what they read; trains and writes nothing."""
+    from . import plan
+    from .trials import Bench
+
+    asked, bytes_ = parsed.comparison, {}
+    lone = any(each.run is None for each in parsed.sets)  # whose controls are made again first, where they can be
+    left = [kind for kind in asked.controls if lone and kind in ("initial", "random")]
+    asked = asked.model_copy(update={"controls": [kind for kind in asked.controls if kind not in left]})
+    bench = Bench(asked, parsed.sets, session, folder)
+    bench.check()
+    every, seconds = bench.trials(), 0.0
+    missing = [trial for trial in every if not session.store.has(bench.unit(trial))]
+    if session.state.is_main_process:
+        print(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
+        print(f"results: {folder}\n\n{'student':<24}{'to train':>12}{'projected':>12}", flush=True)
+    for name, section in bench.sections.items():
+        own = [trial for trial in missing if trial.student == name]
+        taken = bench.seconds(own) / min(session.state.num_processes, len(own)) if own else 0.0
+        seconds, bytes_[section.labels] = seconds + taken, bench.lessons.bytes(parsed.sets[0], section.labels)
+        if session.state.is_main_process:
+            of_all = f"{len(own)} of {sum(trial.student == name for trial in every)}"
+            print(f"{name:<24}{of_all:>12}{plan.human(taken):>12}", flush=True)
+    if session.state.is_main_process:
+        print(f"{'total':<24}{f'{len(missing)} of {len(every)}':>12}{plan.human(seconds):>12}\n")
+        for labels, sizes in bytes_.items():
+            parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
+            print(f"bytes of the set, labels {labels}: {sum(sizes.values()):,} ({parts})")
+        left = dict.fromkeys(left, "not counted; made first, where it can be")
+        for row, why in {**left, **bench.unavailable}.items():
+            print(f"{row}: {why}")
 
 
 def measure(

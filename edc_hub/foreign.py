@@ -34,7 +34,7 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     and classes of unequal numbers of images.
     """
     asked = recipe.Source(
-        path=given.images,
+        path=given.place,
         name=given.config,
         revision=given.revision,
         image_column=given.image_column,
@@ -52,7 +52,7 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     facts = {"id": found.id, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
     if flags := _flags(given):
         facts["flags"] = flags
-    return Foreign(found.images(rows), ipc, facts, _grid(given.images, found.commit))
+    return Foreign(found.images(rows), ipc, facts, _grid(given.place, found.commit))
 
 
 def _flags(given: "Given") -> str:

@@ -17,7 +17,7 @@ from .selection import selected
 class Given(Section):
     """Images to label. Their keys are no recipe's, so that `--images` and `--images.format` are two things."""
 
-    images: str = Field(description="what load_dataset takes: a Hub id or a folder")
+    images: str = Field(description="what load_dataset takes, a Hub id or a folder, or a finished run")
     revision: str | None = Field(None, description="branch, tag or commit of images on the Hub")
     config: str | None = Field(None, description="configuration of the images")
     split: str = Field("train", description="split of the images")
@@ -25,6 +25,12 @@ class Given(Section):
     label_column: str | None = Field(None, description="label column; found by its feature when not given")
     ipc: Numbered | None = Field(None, description="images of each class to take, the first ones; all when not given")
     size: Positive | None = Field(None, description="side in pixels to bring the images to; their own when not given")
+
+    @property
+    def place(self) -> str:
+        """What `load_dataset` takes: of a run the set that it made."""
+        made = disk.local(self.images, "images") / "dataset"
+        return str(made) if (made / "manifest.json").is_file() else self.images
 
 
 class Parsed(NamedTuple):
@@ -72,7 +78,7 @@ def _usage() -> str:
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:
     """The recipe for as many images a class as there are: methods and protocols have values of single IPCs."""
-    return _adapted(recipes.parse([*parsed.rest, *_NOT_USED, f"--ipc={ipc}"], prog="relabel").recipe, parsed.given)
+    return _adapted(recipes.parse([*parsed.rest, *_NOT_USED], prog="relabel", ipc=ipc).recipe, parsed.given)
 
 
 def _apart(argv: list[str]) -> tuple[list[str], list[str]]:

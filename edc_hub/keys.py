@@ -167,6 +167,8 @@ def complaint(error: ValidationError, root: type[Section], above: str = "") -> s
     if kind == "invalid_key":
         return f"{_place((*entry['loc'][:-1], str(value)))[0]}: a key must be text, got {value!r}; write it in quotes"
     expected = _EXPECTED.get(kind, kind.replace("_", " ")).format(**context)
+    if kind == "string_type" and isinstance(value, bool):
+        return f"{place}: expected text, got {value}; YAML so reads yes, no, on and off: put it in quotes, '[\"no\"]'"
     return f"{place}: expected {expected}, got {_short(value)}; {_example(path, root, above)}"
 
 
@@ -228,6 +230,7 @@ def _sample(kind: str) -> Any:
     """A value of a kind that `describe` names, for keys whose default is null."""
     samples = {
         "integer": 10,
+        "number": 0.5,
         "list of integer": [1, 2],
         "list of text or integer": [3, 5],
         "list of text": ["a", "b"],

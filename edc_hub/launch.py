@@ -82,11 +82,13 @@ def run_folder(recipe: Recipe) -> Path:
 
 def artifacts(recipe: Recipe) -> Path:
     """What runs share: the folder `artifacts` beside the run."""
-    return run_folder(recipe).parent / "artifacts"
+    return disk.beside(run_folder(recipe)) / "artifacts"
 
 
 def refuse_what_is_not_ours(folder: Path) -> None:
     """A run replaces its own files and nobody else's. Raises InputError naming what it did not make."""
+    if (folder / "manifest.json").exists():
+        raise InputError(f"output_dir: {folder} is a data set, and a run keeps its own in dataset/; choose another")
     # not those that begin with a dot: a killed run leaves what it was building
     sets = [folder / "dataset", folder / "controls/initial", *sorted((folder / "controls/random").glob("[!.]*"))]
     filled = [place for place in sets if place.is_dir() and any(place.iterdir())]
@@ -156,7 +158,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
     `hub.push` says so; what the Hub would refuse is found before the job."""
     publishes = recipe.hub.push and is_first()
     if publishes:
-        from . import publish, pushing
+        from . import pushing
 
         pushing.before(recipe, folder / "dataset")
     with lock(folder), session(recipe, artifacts(recipe)) as running:
@@ -164,7 +166,7 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
         if running.state.is_main_process:
             print(dataset)
     if publishes:
-        publish.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
+        pushing.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:

@@ -103,17 +103,17 @@ class Lessons:
         """What a student with this source of labels downloads: images, labels, views, observers' weights."""
         return condensed.sizes(labels) | {"observers": self.teachers.bytes if labels == "online" else 0}
 
-    def read_bytes(self, trial: Trial, section: Evaluation) -> int | None:
-        """What a row's images and labels take; of the whole real set nobody knows."""
+    def read_bytes(self, trial: Trial, section: Evaluation) -> dict[str, int] | None:
+        """What a row's images and labels take, as `bytes` has it; of the whole real set nobody knows."""
         row = ROWS[trial.row]
         if row.images == "whole":
             return None
         if row.images == "real":
-            return self._of_equal_bytes(trial)[1]
+            return {"images": self._of_equal_bytes(trial)[1], "labels": 0, "views": 0, "observers": 0}
         sizes = self.bytes(trial.images, section.labels)
         if row.mixed and self.sections[trial.student].labels == "stored":
             sizes["views"] = trial.images.sizes("stored")["views"]  # they say how images are mixed
-        return sum(sizes.values())
+        return sizes
 
     def _of_equal_bytes(self, trial: Trial) -> tuple[Tensor, int]:
         """Rows and bytes, encoded once for all students and both variants of a row; sets share their encoding."""

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "2.0"  # what is read
 _PLAIN = "1.0"  # of a set whose images are no canvases, which a reader of 1.0 understands
 _NOT_SEEN = {None: (), "initial": ("synthesize",), "random": ("initialize", "synthesize")}  # stages, by control
+_READ = {  # what readers rely on
+    **dict.fromkeys(("name", "method", "fingerprint", "recipe_sha256"), str),
+    **dict.fromkeys(("images", "source", "soft_labels", "versions", "configs", "files"), dict),
+    **dict.fromkeys(("classes", "observers"), list),
+    "ipc": int,
+    "seed": int,
+    "control": str | None,
+}
 _LIBRARIES = ("torch", "torchvision", "datasets", "transformers", "timm", "accelerate", "pyarrow", "pillow", "numpy")
 
 
@@ -82,9 +90,12 @@ def facts(
     }
 
 
-def read(path: Path, place: str) -> dict[str, Any]:
-    """The manifest of the set at `place`. Errors: InputError for another file, and for a format that is newer."""
-    return parsed(path.read_bytes(), path, place)
+def read(path: Path, place: str | None = None) -> dict[str, Any]:
+    """The manifest of the set at `place`, or in the folder of `path`.
+
+    Errors: InputError for another or a damaged file, and for a format that is newer.
+    """
+    return parsed(path.read_bytes(), path, place or str(path.parent))
 
 
 def parsed(content: bytes, path: Path, place: str) -> dict[str, Any]:
@@ -93,8 +104,11 @@ def parsed(content: bytes, path: Path, place: str) -> dict[str, Any]:
         found = json.loads(content)
         written = str(found["format_version"])
         newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again") from error
+        whole = newer or all(isinstance(found[key], kind) for key, kind in _READ.items())
+    except (ValueError, KeyError, TypeError):
+        newer = whole = False
+    if not whole:
+        raise InputError(f"{path}: not the manifest of a condensed set; load or write the set again")
     if newer:
         raise InputError(
             f"{place}: the set is newer than this edc_hub: its format is {written}, edc_hub {__version__} reads "
@@ -113,6 +127,11 @@ def complete(known: dict[str, Any], folder: Path, data: dict[str, Written]) -> d
         hashes = [file["sha256"] for path, file in files.items() if path.startswith(f"{config}/")]
         configs[config] = hashlib.sha256("\n".join(hashes).encode()).hexdigest()
     return {**known, "configs": configs, "files": files}
+
+
+def grid(found: dict[str, Any]) -> int:
+    """Pictures a side of each image; 1: images are no canvases."""
+    return found.get("decode", {"grid": 1})["grid"]
 
 
 def there(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,16 +35,11 @@ class Pictures(NamedTuple):
     epochs: int | None = None  # label epochs of a control: those of its set
 
 
-def controls(
-    recipe: Recipe, real: RealSet, initial: Initial, folder: Path, epochs: int | None = None
-) -> Iterator[Pictures]:
+def controls(recipe: Recipe, real: RealSet, initial: Initial, folder: Path, epochs: int) -> Iterator[Pictures]:
     """What synthesis is held against: the images it started from, and draws of random real images.
 
-    They are labelled for as many epochs as the set: `epochs`, or those of `folder/dataset`, which is written before
-    the first control is asked for.
+    They are labelled for as many `epochs` as the set.
     """
-    if epochs is None:
-        epochs = condensed.CondensedSet.load(folder / "dataset").epochs
     place = folder / "controls" / "initial"
     yield Pictures("control initial", place, initial.images, initial, "initial", epochs=epochs)
     generators = [work.generator(recipe.seed, "random", str(draw)) for draw in range(recipe.relabel.random_draws)]
@@ -64,8 +60,13 @@ def control_folders(run: Path, kind: str) -> list[Path]:
     return [place for place in places if (place / "manifest.json").is_file()]
 
 
-def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures: Pictures, session: Session) -> bool:
-    """Encodes the images, labels what a reader will decode, writes the dataset folder; whether it was not there."""
+def label_and_write(
+    recipe: Recipe, real: RealSet, watching: Observers, pictures: Pictures, session: Session
+) -> tuple[bool, int]:
+    """Encodes the images, labels what a reader will decode, writes the dataset folder.
+
+    Returns whether it was not there, on the main process, and the label epochs.
+    """
     files = encoding.encode(pictures.images, recipe.images)
     soft = labels.obtain(recipe, encoding.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
@@ -82,25 +83,69 @@ def label_and_write(recipe: Recipe, real: RealSet, watching: Observers, pictures
             origin=pictures.origin,
         )
     session.wait()
-    return wrote
+    return wrote, soft.epochs
 
 
 class Clock:
-    """Times the stages: a line on stderr for each, and `seconds` for run.json."""
+    """Times the stages: a line on stderr for each, and `seconds` for run.json, where times of earlier calls in the run
+    `folder` are in them. Of a killed call those up to its last save."""
 
-    def __init__(self, session: Session):
-        self.session, self.seconds = session, {}
+    def __init__(self, session: Session, folder: Path | None = None):
+        self.session, self.saved, self.seconds = session, time.monotonic(), {}
+        self.file = folder / ".seconds.json" if folder and session.state.is_main_process else None
+        if self.file:
+            self.seconds = disk.json_of(self.file) or disk.json_of(folder / "run.json").get("seconds", {})
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, before = time.monotonic(), self.seconds.get(stage, 0)
+
+        def keep() -> None:
+            now = time.monotonic()
+            self.seconds[stage] = round(before + now - start, 2)
+            if self.file and now - self.saved >= self.session.checkpoint_seconds:
+                disk.write_atomically(self.file, lambda path: path.write_text(json.dumps(self.seconds)))
+                self.saved = now
+
+        self.session.saved = keep
         yield
-        self.seconds[stage] = round(time.perf_counter() - start, 2)
-        self.session.report(f"{stage:<20}{self.seconds[stage]:>10.1f} s")
+        keep()
+        self.session.saved = lambda: None
+        self.session.report(f"{stage:<20}{time.monotonic() - start:>10.1f} s")
 
 
-def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
-    """Writes run.json, what this call measured; of a stage that an earlier one made, the time of finding it."""
+def finish(
+    recipe: Recipe,
+    real: RealSet,
+    watching: Observers,
+    made: Pictures,
+    clock: Clock,
+    session: Session,
+    *,
+    alike: RealSet | None = None,
+) -> Path:
+    """Labels and writes the set of a run and its controls, then recipe.yaml and run.json; says where the set is.
+
+    Args: alike: the real images as large as those of the set, where `real` has others. Returns the dataset folder.
+    """
+    alike, folder = alike or real, made.place.parent
+    with clock(made.label):
+        wrote, epochs = label_and_write(recipe, real, watching, made, session)
+    for each in controls(recipe, alike, made.initial, folder, epochs) if recipe.relabel.controls else ():
+        if each.control == "random" or not made.origin:  # what others' images started from nobody knows
+            with clock(each.label):
+                wrote |= label_and_write(recipe, alike, watching, each, session)[0]
+    if session.state.is_main_process:
+        launch.keep(recipe, folder)
+        if wrote or not (folder / "run.json").exists():  # else all was there, and the times are of finding it
+            _write_facts(real, clock, folder, session)
+        clock.file.unlink(missing_ok=True)
+        _say_where(recipe, real, made.place, session)
+    return made.place
+
+
+def _write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> None:
+    """Writes run.json, what the calls of this run measured; of what another run made, the time of finding it."""
     gpu = session.device.type == "cuda"
     facts = {
         "seconds": clock.seconds,
@@ -117,11 +162,12 @@ def write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) -> 
     disk.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
 
 
-def say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:
-    """Says where the set is, its size, and how to load it."""
+def _say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:
+    """Says where the set is, its size, how to load it, and what comes next."""
     size = sum(path.stat().st_size for path in dataset.rglob("*") if path.is_file())
     count = len(real.names) * recipe.ipc
     session.report(
         f"\n{count} images, {size / 2**20:.1f} MiB in {dataset}\n"
-        f'  from datasets import load_dataset\n  load_dataset("{dataset}", split="train")'
+        f'  from datasets import load_dataset\n  load_dataset("{dataset}", split="train")\n'
+        f"  edc-hub evaluate --dataset {shlex.quote(str(dataset.parent))}"
     )

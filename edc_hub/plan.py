@@ -54,26 +54,46 @@ def dry_run(recipe: Recipe) -> None:
         real = source.load(recipe.source)
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
-        seconds = _seconds(recipe, real, session)
+        networks = untrained(recipe, len(real.names), session)
+        if session.state.is_main_process:  # before what may take minutes
+            processes, device = session.state.num_processes, session.device
+            print(f"{real.id}: {len(real.names)} classes, {len(real.rows())} training images at {real.size} px")
+            print(f"run folder: {launch.run_folder(recipe)}   processes: {processes}   device: {device}", flush=True)
+        seconds = project(recipe, real, networks, session)
         if session.state.is_main_process:
-            _print(recipe, real, seconds, session)
+            times(seconds)
+            _print(recipe, real)
 
 
-def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float]:
-    """Projected seconds of each stage on the processes at hand."""
+def untrained(recipe: Recipe, classes: int, session: Session) -> dict[str, Network]:
+    """The observers with random weights. Raises InputError for one that is not to be had."""
+    return {net.name: observers.untrained(recipe, net, classes, session) for net in recipe.observers.networks}
+
+
+def project(
+    recipe: Recipe, real: RealSet, networks: dict[str, Network], session: Session, shown: Tensor | None = None
+) -> dict[str, float]:
+    """Projected seconds of each stage on the processes at hand; each measurement is a line on stderr.
+
+    Args: shown: what is labelled, uint8 (n, 3, s, s), where that is not of the size of the real images.
+    """
     rows, classes, processes = real.rows(), len(real.names), session.state.num_processes
     generator = torch.Generator().manual_seed(0)
     together = min(recipe.synthesize.block, classes * recipe.ipc)
     picked = rows[torch.randperm(len(rows), generator=generator)[: max(recipe.moments.batch, together)]]
     images, labels, _ = next(iter(real.batches(picked.sort().values, len(picked))))
     images, labels = images.to(session.device), labels.to(session.device)
-    networks = {net.name: observers.untrained(recipe, net, classes, session) for net in recipe.observers.networks}
     size, total, count = len(images), classes * recipe.ipc, len(rows)
+    shown = images if shown is None else shown[:size].to(session.device)
 
-    def clock(call: Callable[..., object], *arguments: Any) -> float:
-        return _clock(partial(call, *arguments), session)
+    def clock(what: str, call: Callable[..., object], *arguments: Any) -> float:
+        session.report(f"measuring {what}")
+        return seconds_of(partial(call, *arguments), session)
 
-    look = {name: clock(_looking(network, session), images) / size for name, network in networks.items()}
+    look = {
+        name: clock(f"{name} looking at images", _looking(network, session), shown) / len(shown)
+        for name, network in networks.items()
+    }
 
     in_use = {stage: [name for name, _ in entries] for stage, entries in users(recipe).items()}
 
@@ -84,7 +104,9 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     steps = {net.name: net.train.epochs * count / min(net.train.batch, size) for net in training}
     batches = {net.name: (images[: net.train.batch], labels[: net.train.batch]) for net in training}
     trained = sum(
-        clock(_training(net, networks[net.name], session), *batches[net.name]) * steps[net.name] for net in training
+        clock(f"{net.name} in training", _training(net, networks[net.name], session), *batches[net.name])
+        * steps[net.name]
+        for net in training
     )
 
     start = recipe.initialize
@@ -96,14 +118,19 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     section = recipe.synthesize
     matched = in_use.get("synthesize", [])
     taps = {name: Taps(networks[name], patch=recipe.moments.patch) for name in matched}
-    measured = sum(clock(moments.forward, networks[name], tap, images, session) for name, tap in taps.items()) / size
+    measured = 0.0
+    for name, tap in taps.items():
+        measured += clock(f"moments of {name}", moments.forward, networks[name], tap, images, session) / size
     block = images[:together], labels[:together].sort().values
-    each = sum(clock(_iterating(recipe, networks[name], *block, session)) for name in matched) / max(1, len(matched))
+    each = sum(
+        clock(f"synthesis by {name}", _iterating(recipe, networks[name], *block, session)) for name in matched
+    ) / max(1, len(matched))
     blocks = -(-total // section.block)
     busiest = -(-blocks // processes)
 
-    table = views.sample(recipe.relabel, torch.arange(size), real.size, generator)
-    viewed = clock(views.apply, images, table, recipe.relabel.view_size or real.size) / size
+    side = shown.shape[-1]
+    table = views.sample(recipe.relabel, torch.arange(len(shown)), side, generator)
+    viewed = clock("views", views.apply, shown, table, recipe.relabel.view_size or side) / len(shown)
     labelled = _label_epochs(recipe, total, classes) * _sets(recipe)
     if recipe.relabel.full:
         labelled += recipe.relabel.epochs - _label_epochs(recipe, total, classes)
@@ -116,7 +143,7 @@ def _seconds(recipe: Recipe, real: RealSet, session: Session) -> dict[str, float
     }
 
 
-def _clock(call: Callable[[], object], session: Session) -> float:
+def seconds_of(call: Callable[[], object], session: Session) -> float:
     """Seconds of one call: the better of two after a warm-up, on a GPU after it is recorded."""
     times = []
     for _ in range(PLAIN + 3 if session.device.type == "cuda" else 3):
@@ -164,17 +191,17 @@ def _iterating(
     return lambda: slope(objective.draw(0, generator), z, z)
 
 
-def _print(recipe: Recipe, real: RealSet, seconds: dict[str, float], session: Session) -> None:
+def times(seconds: dict[str, float]) -> None:
+    """Prints projected seconds and their sum."""
+    print(f"\n{'stage':<14}{'projected':>12}")
+    for stage, value in (*seconds.items(), ("total", sum(seconds.values()))):
+        print(f"{stage:<14}{human(value):>12}")
+    print()
+
+
+def _print(recipe: Recipe, real: RealSet) -> None:
     classes, total = len(real.names), len(real.names) * recipe.ipc
     found = sizes(recipe, real.images(real.rows()[: min(32, len(real.rows()))]), total, classes)
-    print(f"{real.id}: {classes} classes, {len(real.rows())} training images at {real.size} px")
-    processes, device = session.state.num_processes, session.device
-    print(f"run folder: {launch.run_folder(recipe)}   processes: {processes}   device: {device}")
-    print(f"\n{'stage':<14}{'projected':>12}")
-    for stage, value in seconds.items():
-        print(f"{stage:<14}{_human(value):>12}")
-    print(f"{'total':<14}{_human(sum(seconds.values())):>12}")
-    print()
     show(recipe, found)
     sets, full = _sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
     # labels lie in artifacts/views too, dense
@@ -210,7 +237,8 @@ def show(recipe: Recipe, found: dict[str, Projected]) -> None:
 
 def _sets(recipe: Recipe) -> int:
     """The set and its controls."""
-    return 2 + recipe.relabel.random_draws if recipe.relabel.controls else 1
+    own = 1 + (recipe.method != "relabel")  # what others' images started from nobody knows
+    return own + recipe.relabel.random_draws if recipe.relabel.controls else 1
 
 
 def _view_bytes(recipe: Recipe) -> int:
@@ -229,7 +257,7 @@ def _label_epochs(recipe: Recipe, total: int, classes: int) -> int:
     return section.epochs if section.budget is None else min(section.epochs, max(1, int(section.budget * 1e6 / one)))
 
 
-def _human(seconds: float) -> str:
+def human(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

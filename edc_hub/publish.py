@@ -6,15 +6,12 @@ The same command again does nothing where the version is there, and goes on wher
 """
 
 import sys
-import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import constants
 from pydantic import Field
 
-from . import arguments, contents, hub, launch, tokens
-from .contents import OBSERVERS
+from . import arguments, launch, pushing
 from .errors import InputError
 from .hub import Plan
 from .section import Section
@@ -38,8 +35,8 @@ def command(argv: list[str]) -> None:
     run, id, options = arguments.of_run(argv, "publish", Options, "RUN ORG/NAME", folder)
     if not launch.is_first():  # under a launcher
         return
-    for version, plan in push(dataset_folder(run), id, **options.model_dump()):
-        print(described(version, plan) if options.dry_run else _address(version, plan))
+    for version, plan in pushing.push(dataset_folder(run), id, **options.model_dump()):
+        print(pushing.described(version, plan) if options.dry_run else _address(version, plan))
 
 
 main = launch.entry(command)
@@ -58,70 +55,9 @@ def dataset_folder(run: Path) -> Path:
     raise InputError(f"publish: no finished set in {run}; {remedy}")
 
 
-def push(
-    folder: Path,
-    id: str,
-    *,
-    tag: str | None = None,
-    private: bool = False,
-    observers: str | None = None,
-    dry_run: bool = False,
-) -> list[tuple[Version, Plan]]:
-    """Publishes a dataset folder and, where `observers` names ORG/NAME, its run's observers before it.
-
-    Returns what was published, or with `dry_run` would be, and as what, the set last. Errors: InputError in one line.
-    """
-    names = [id, *([observers] if observers else [])]
-    for name in names:
-        hub.check(name, tag)
-    for name in names if not dry_run else ():
-        tokens.may_write(name, say)  # before the files are read
-    with tempfile.TemporaryDirectory() as place:
-        models = contents.models(folder, observers, id, Path(place)) if observers else []
-
-        def dataset(plans: list[tuple[Version, Plan]]) -> Version:
-            tags = [plan.tag for _, plan in plans]
-            return contents.dataset(
-                folder, id, contents.observers(folder, observers, models, tags) if models else None
-            )
-
-        looks = [(model, hub.look(model, private=private)) for model in models]
-        version = dataset(looks)
-        if models or dry_run:  # a set that would be refused leaves no observers behind
-            planned = hub.look(version, tag, private)
-        if dry_run:
-            return [*looks, (version, planned)]
-        done = [(model, hub.publish(model, private=private, say=say)) for model in models]
-        if [plan.tag for _, plan in looks] != [plan.tag for _, plan in done]:
-            version = dataset(done)
-        done.append((version, hub.publish(version, tag=tag, private=private, say=say)))
-        if models:
-            with suppress(OSError):  # where the folder may be written, the next version names them too
-                (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
-        if "Not measured yet." in (folder / "README.md").read_text(encoding="utf-8"):
-            say(f"the card of {id} misses accuracies: edc-hub evaluate and showcase fill it in; then publish again")
-        return done
-
-
-def described(version: Version, todo: Plan) -> str:
-    """The operations of a plan, a line each, with sizes and the tag."""
-    if todo.done:
-        return f"{version.id} is there as {todo.tag} already; nothing to do"
-    lines = [] if todo.head else [f"create    {version.type} {version.id}"]
-    lines += [f"add       {file.path:<44} {file.size:>14,} bytes" for file in todo.add]
-    lines += [f"delete    {path}" for path in todo.delete]
-    total = sum(file.size for file in todo.add)
-    commit = f"there as {todo.commit[:8]}" if todo.commit else f"{len(todo.add)} files, {total:,} bytes"
-    return "\n".join([*lines, f"commit    {commit}", f"tag       {todo.tag}"])
-
-
 def _address(version: Version, done: Plan) -> str:
     prefix = "datasets/" if version.type == "dataset" else ""
     return f"{constants.ENDPOINT}/{prefix}{version.id}/tree/{done.tag}"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,86 @@
-"""`hub.push` of a recipe: what `condense` and `relabel` do about it before they start, and what a dry run shows."""
+"""A dataset folder goes to the Hub; and `hub.push` of a recipe: what `condense` and `relabel` do about it before they
+start, and what a dry run shows."""
 
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
-from . import hub, publish, tokens
+from . import contents, hub, tokens
+from .contents import OBSERVERS
+from .hub import Plan
 from .recipe import Recipe
-from .weights import OURS
+from .versions import Version
+
+
+def push(
+    folder: Path,
+    id: str,
+    *,
+    tag: str | None = None,
+    private: bool = False,
+    observers: str | None = None,
+    dry_run: bool = False,
+) -> list[tuple[Version, Plan]]:
+    """Publishes a dataset folder and, where `observers` names ORG/NAME, its run's observers before it.
+
+    Returns what was published, or with `dry_run` would be, and as what, the set last. Errors: InputError in one line.
+    """
+    names = [id, *([observers] if observers else [])]
+    for name in names:
+        hub.check(name, tag)
+    for name in names if not dry_run else ():
+        tokens.may_write(name, say)  # before the files are read
+    with tempfile.TemporaryDirectory() as place:
+        models = contents.models(folder, observers, id, Path(place)) if observers else []
+
+        def dataset(plans: list[tuple[Version, Plan]]) -> Version:
+            tags = [plan.tag for _, plan in plans]
+            return contents.dataset(
+                folder, id, contents.observers(folder, observers, models, tags) if models else None
+            )
+
+        looks = [(model, hub.look(model, private=private)) for model in models]
+        version = dataset(looks)
+        if models or dry_run:  # a set that would be refused leaves no observers behind
+            planned = hub.look(version, tag, private)
+        if dry_run:
+            return [*looks, (version, planned)]
+        done = [(model, hub.publish(model, private=private, say=say)) for model in models]
+        if [plan.tag for _, plan in looks] != [plan.tag for _, plan in done]:
+            version = dataset(done)
+        done.append((version, hub.publish(version, tag=tag, private=private, say=say)))
+        if models:
+            with suppress(OSError):  # where the folder may be written, the next version names them too
+                (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
+        if "Not measured yet." in (folder / "README.md").read_text(encoding="utf-8"):
+            say(f"the card of {id} misses accuracies: edc-hub evaluate and showcase fill it in; then publish again")
+        return done
+
+
+def described(version: Version, todo: Plan) -> str:
+    """The operations of a plan, a line each, with sizes and the tag."""
+    if todo.done:
+        return f"{version.id} is there as {todo.tag} already; nothing to do"
+    lines = [] if todo.head else [f"create    {version.type} {version.id}"]
+    lines += [f"add       {file.path:<44} {file.size:>14,} bytes" for file in todo.add]
+    lines += [f"delete    {path}" for path in todo.delete]
+    total = sum(file.size for file in todo.add)
+    commit = f"there as {todo.commit[:8]}" if todo.commit else f"{len(todo.add)} files, {total:,} bytes"
+    return "\n".join([*lines, f"commit    {commit}", f"tag       {todo.tag}"])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def before(recipe: Recipe, folder: Path) -> None:
     """Raises InputError, before hours of work, for what the Hub would refuse of the set to be made in `folder`."""
+    from .weights import OURS  # which imports torch, for a run alone
+
     section = recipe.hub
     for name in filter(None, (section.id, section.observers)):
-        tokens.may_write(name, publish.say)
+        tokens.may_write(name, say)
     finished = (folder / "manifest.json").is_file()  # the tag may hold this very set
     _newest(section.id, tag=None if finished else section.tag, private=section.private)
     for net in recipe.observers.networks if section.observers else ():

@@ -8,7 +8,6 @@ that stand on them.
 
 import difflib
 import functools
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,9 +39,10 @@ class Parsed(NamedTuple):
     print_recipe: bool
 
 
-def parse(argv: list[str], prog: str) -> Parsed:
+def parse(argv: list[str], prog: str, **facts: Any) -> Parsed:
     """The recipe and the flags of a command line. `--help` prints to stdout and exits with 0.
 
+    Args: facts: keys that are known whatever the recipe says, even a resolved one.
     Raises InputError on anything wrong, impossible combinations included.
     """
     arguments.help_asked(argv, lambda: usage(prog))
@@ -53,7 +53,7 @@ def parse(argv: list[str], prog: str) -> Parsed:
         if odd:
             got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
-    recipe = resolve(load(find(named[0])), overrides)
+    recipe = resolve(load(find(named[0])) | facts, overrides)
     refuse_strangers(overrides, recipe.evaluation)
     return Parsed(recipe, **flags)
 
@@ -113,8 +113,7 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
             f"resolved: expected true or false, got {resolved!r}; write true only in what --print_recipe gave"
         )
     if resolved:
-        if "method" in overrides:
-            raise InputError("method: this recipe is resolved, with its method's values; start from an unresolved one")
+        _refuse_other_layers(given, overrides)
         layers = [given, overrides]
     else:
         top = {name: Recipe.model_fields[name].default for name in ("name", "method", "ipc")} | given | overrides
@@ -132,6 +131,20 @@ def resolve(given: dict[str, Any], overrides: dict[str, Any] | None = None) -> R
     return recipe
 
 
+def _refuse_other_layers(resolved: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Raises InputError for what would be a name on the values of another: of the keys that choose the values below a
+    recipe, a resolved one has only its own."""
+    ours, theirs = (keys.leaves(keys.layered([each], Recipe), Recipe) for each in (resolved, overrides))
+    for key in ("method", "name", "ipc", "evaluation.protocol"):
+        if key in theirs and theirs[key] != ours.get(key):
+            if key == "evaluation.protocol":
+                _known("protocol", theirs[key], key)
+            raise InputError(
+                f"{key}: this recipe is resolved, with the values of {key} {ours.get(key)}; give the one that it was "
+                f"made from, by file or name (there are: {listing()})"
+            )
+
+
 def of_run(run: Path) -> Recipe:
     """The recipe of a finished run, with the commit of the real set that it had, whatever came to it since.
 
@@ -139,7 +152,9 @@ def of_run(run: Path) -> Recipe:
     """
     if not (run / "dataset/manifest.json").is_file() or not (run / "recipe.yaml").is_file():
         raise InputError(f"run: no finished set in {run}; give the folder of a finished run, as condense made it")
-    recipe, made = resolve(load(run / "recipe.yaml")), json.loads((run / "dataset/manifest.json").read_text("utf-8"))
+    from . import manifest
+
+    recipe, made = resolve(load(run / "recipe.yaml")), manifest.read(run / "dataset/manifest.json")
     revision = made["source"]["commit"] or recipe.source.revision
     return recipe.model_copy(update={"source": recipe.source.model_copy(update={"revision": revision})})
 
@@ -219,6 +234,17 @@ def blocks(kind: str, choice: Any, name: Any, ipc: Any) -> list[dict[str, Any]]:
     for block in (content.get("all"), content.get(str(name)) if name not in ("all", "base") else None):
         found += _of_ipc(block, ipc)
     return found
+
+
+def without_values(recipe: Recipe) -> str:
+    """A line where neither the recipe's method nor one it stands on knows its data set by name; else empty."""
+    method = BASE if ":" in recipe.method else recipe.method
+    while method:
+        content = load(_known("method", method, "method"))
+        if recipe.name in content:
+            return ""
+        method = content.get("base")
+    return f"method {recipe.method}: it has no values of its own for '{recipe.name}'; those for all data sets are used"
 
 
 # Writing

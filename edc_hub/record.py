@@ -35,6 +35,8 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
         own = [each.facts for each in done if each.trial.row == row]
         images, bytes_ = (_mean([facts[key] for facts in own]) for key in ("images", "bytes"))
         rows[row] = {"images": images, "bytes": bytes_}
+        if all(parts := [facts.get("bytes_of") for facts in own]):  # students of earlier releases have the sum alone
+            rows[row]["bytes_of"] = {part: _mean([each[part] for each in parts]) for part in parts[0]}
     papers = {  # the students that papers mean by a name, where the images are theirs too
         name: entry.arch
         for name, entry in bench.students.items()

@@ -32,12 +32,12 @@ def command(argv: list[str]) -> None:
     if parsed.print_recipe:
         print(recipes.dump(recipe), end="")
         return
+    folder = launch.run_folder(recipe)
+    launch.refuse_what_is_not_ours(folder)
     if parsed.dry_run:
         with TemporaryDirectory() as nothing, launch.session(recipe, Path(nothing)) as session:
             show_plan(parsed, session)
         return
-    folder = launch.run_folder(recipe)
-    launch.refuse_what_is_not_ours(folder)
     launch.make(recipe, folder, lambda session: relabel(parsed, folder, session))
 
 
@@ -51,42 +51,34 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     from . import observers, pictures, source
     from .initialize import Initial
 
-    clock = pictures.Clock(session)
+    clock = pictures.Clock(session, folder)
     with clock("source"):
         foreign, recipe, real = read(parsed)
-        launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
-        _refuse_other_images(folder / "dataset", foreign)
         real.preload()
     launch.begin(recipe, folder, session)
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)
     unknown = Initial(foreign.images, torch.full((len(foreign.images), 1), -1, dtype=torch.int32), "")
     made = pictures.Pictures("relabel", folder / "dataset", foreign.images, unknown, None, foreign.facts)
-    with clock(made.label):
-        wrote = pictures.label_and_write(recipe, real, watching, made, session)
-    if recipe.relabel.controls:
-        alike, size = real, foreign.images.shape[-1]
-        if size != real.size:  # of the same commit, which a finished run keeps to
-            again = {"size": size, "revision": real.commit or recipe.source.revision}
-            alike = source.load(recipe.source.model_copy(update=again))
-        for each in pictures.controls(recipe, alike, unknown, folder):
-            if each.control == "random":  # what these images started from nobody knows
-                with clock(each.label):
-                    wrote |= pictures.label_and_write(recipe, alike, watching, each, session)
+    alike, size = real, foreign.images.shape[-1]
+    if recipe.relabel.controls and size != real.size:  # of the same commit, which a finished run keeps to
+        again = {"size": size, "revision": real.commit or recipe.source.revision}
+        alike = source.load(recipe.source.model_copy(update=again))
+    pictures.finish(recipe, real, watching, made, clock, session, alike=alike)
     if session.state.is_main_process:
-        launch.keep(recipe, folder)
-        if wrote or not (folder / "run.json").exists():
-            pictures.write_facts(real, clock, folder, session)
         _say_agreement(made.place, session)
-        pictures.say_where(recipe, real, made.place, session)
     return made.place
 
 
 def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
-    """The images, the recipe for as many a class, and the recipe's source."""
+    """The images, the recipe for as many a class, and the recipe's source.
+
+    Raises InputError where they do not go together, and for a run folder that is finished and of others.
+    """
     from . import foreign, labels, source
 
-    real = launch.images(parsed.recipe, launch.run_folder(parsed.recipe))
+    folder = launch.run_folder(parsed.recipe)
+    real = launch.images(parsed.recipe, folder)
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)
@@ -101,6 +93,8 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
         raise InputError(f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of it, or 1")
     if recipe.relabel.controls:
         source.check_ipc(real, recipe.ipc * grid**2)
+    launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
+    _refuse_other_images(folder / "dataset", found)
     return found, recipe, real
 
 
@@ -142,16 +136,19 @@ def _say_agreement(dataset: Path, session: "Session") -> None:
 
 def show_plan(parsed: Parsed, session: "Session") -> None:
     """Prints what would be made on stdout; trains, labels and writes nothing."""
-    foreign, recipe, real = read(parsed)
-    if session.state.is_main_process:
-        from . import plan
+    from . import plan
 
-        section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
-        sets = 1 + section.random_draws * section.controls
+    foreign, recipe, real = read(parsed)
+    section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
+    networks = plan.untrained(recipe, classes, session)
+    if session.state.is_main_process:
         print(f"{foreign.facts['id']}: {classes} classes, {recipe.ipc} images each, {foreign.images.shape[-1]} px")
         print(f"run folder: {launch.run_folder(recipe)}")
         print(f"observers: {', '.join(net.name for net in recipe.observers.networks)}")
-        print(f"sets: {sets}")
+        print(f"sets: {1 + section.random_draws * section.controls}", flush=True)
+    seconds = plan.project(recipe, real, networks, session, foreign.images)
+    if session.state.is_main_process:
+        plan.times({stage: seconds[stage] for stage in ("observers", "relabel")})
         plan.show(recipe, plan.sizes(recipe, foreign.images, count, classes))
 
 

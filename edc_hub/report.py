@@ -107,6 +107,8 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         notes = _notes(found["each"])
         if any(row == name and len(own["rows"].keys() & PAIRS[pair]) == 2 for pair, name in own["better"].items()):
             notes.append("the better")
+        if row == "random" and len({(one["set"], one["draw"]) for one in found["each"]}) < 3:
+            notes.append("fewer than 3 draws")
         if steps and _steps(found) != steps:
             notes.append(f"{_steps(found):,} steps")
         live, ema = (_column(**found[weights]) for weights in WEIGHTS)

@@ -6,7 +6,6 @@ The very text of the card is executed in the folder of the run, once for each k 
 epoch on the whole test split; nothing is selected on it. It goes into results.json and into the card.
 """
 
-import json
 import sys
 from contextlib import chdir
 from pathlib import Path
@@ -45,10 +44,11 @@ main = launch.entry(command)
 
 def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     """For each k of `prefixes` the accuracies, a student each, of the example on the first k images of each class."""
+    from . import manifest as manifests
     from . import source
 
-    manifest = json.loads((run / "dataset/manifest.json").read_text(encoding="utf-8"))
-    code = snippets.example(manifest, recipe.evaluation, "dataset")
+    manifest = manifests.read(run / "dataset/manifest.json")
+    code = snippets.example(manifest, recipe.evaluation, "./dataset")
     test = source.load(recipe.source, "test")
     images, labels = test.images(test.rows()), test.labels[test.rows()]
     found = []
@@ -89,8 +89,10 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
     """Writes `prefixes` into results.json and what a card says of them into README.md."""
+    from . import manifest as manifests
+
     readme = folder / "README.md"
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = manifests.read(folder / "manifest.json")
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
     sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
     rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)

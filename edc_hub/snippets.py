@@ -3,6 +3,7 @@
 import hashlib
 from typing import Any
 
+from . import manifest as manifests
 from .recipe import Evaluation
 
 
@@ -53,7 +54,7 @@ def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
     Loss, optimiser, batch and epochs are those of the recipe's protocol; the learning rate stays as it begins.
     Three more lines decode canvases; a batch then has as many pictures as the protocol says.
     """
-    grid, size = manifest.get("decode", {"grid": 1})["grid"], manifest["images"]["size"]
+    grid, size = manifests.grid(manifest), manifest["images"]["size"]
     values = evaluation.model_dump()
     functions, loss = _LOSSES[evaluation.loss]
     values["batch"] = max(1, values["batch"] // grid**2)

@@ -112,6 +112,8 @@ class Opened:
     def __init__(self, section: recipe.Source):
         self.section, self.id, self.commit, self.folder = section, section.path, None, None
         if section.path == "sklearn/digits":
+            if section.name is not None:
+                raise InputError("source.name: sklearn/digits has no configurations; write --source.name null")
             self.memory, self.digest = digits.load(stratified)
             self.splits = list(self.memory)
             return

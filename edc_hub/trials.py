@@ -257,6 +257,23 @@ class Bench:
         store = self.session.store
         return [Done(trial, store.load(unit), store.facts(unit)) for unit, trial in by_unit.items()]
 
+    def seconds(self, trials: list[Trial]) -> float:
+        """Projected seconds of trials of one student, from a few steps of one of them; nothing of it is kept."""
+        from . import plan
+
+        trial = min(trials, key=lambda it: ROWS[it.row].images == "whole")  # which reads the whole real set
+        section, name = self._section(trial), trial.student
+        self.session.report(f"measuring {name}")
+        learner = students.Learner(self.network(name, 0), section, self.session)
+        learner.begin(section.lr)
+        batch = next(self.lessons.feed(trial, section, 0).epoch(0, work.generator(0, STAGE, "time")))
+        return plan.seconds_of(lambda: learner.step(batch), self.session) * sum(map(self._steps, trials))
+
+    def _steps(self, trial: Trial) -> int:
+        section, whole = self._section(trial), ROWS[trial.row].images == "whole"
+        count = len(self.real.rows()) if whole else trial.images.manifest["images"]["count"]
+        return section.epochs * feed.steps(count, section.batch, full=not whole and self.lessons.whole_batches(trial))
+
     def _section(self, trial: Trial) -> Evaluation:
         """The student's protocol, changed as the row asks."""
         section = self.sections[trial.student]
@@ -281,10 +298,12 @@ class Bench:
             progress=progress,
             label=f"{trial.student} {trial.row}",
         )
+        read = self.lessons.read_bytes(trial, section)
         facts = {
             "steps": section.epochs * fed.steps,
             "images": fed.count,
-            "bytes": self.lessons.read_bytes(trial, section),
+            "bytes": read and sum(read.values()),
+            "bytes_of": read,
             "device": launch.device_name(self.session),
             **machine(self.session),
             "seconds": round(progress.elapsed, 1),

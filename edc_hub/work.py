@@ -131,8 +131,8 @@ class Progress:
     the bit. When a save is due depends on the clock; what is computed does not.
     """
 
-    def __init__(self, path: Path, seconds: float):
-        self.path, self.seconds, self.start = path, seconds, time.monotonic()
+    def __init__(self, path: Path, seconds: float, saved: Callable[[], None] = lambda: None):
+        self.path, self.seconds, self.saved, self.start = path, seconds, saved, time.monotonic()
         self.last = self.start
 
     @property
@@ -154,6 +154,7 @@ class Progress:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state().items()}
         spent = {"seconds": str(self.elapsed)}
         write_atomically(self.path, lambda path: save_file(tensors, path, metadata=spent))
+        self.saved()
         self.last = time.monotonic()
 
 
@@ -167,6 +168,7 @@ class Session:
     dtype: torch.dtype = torch.float32  # asked of the networks; moments and images stay float32
     checkpoint_seconds: float = 60.0
     progress: Literal["bars", "lines", "none"] = "bars"
+    saved: Callable[[], None] = lambda: None  # called when work is on the disk: a unit, or a save inside one
 
     def bar(self, iterable: Any = None, **options: Any) -> tqdm:
         """A progress bar on stderr, or lines of a log, on the main process only."""
@@ -237,9 +239,10 @@ def run(units: list[Unit], make: Make, session: Session, *, seed: int, label: st
     mine = missing[state.process_index :: state.num_processes]
     for unit in session.bar(mine, desc=label, unit="unit"):
         path = store.path(unit)
-        progress = Progress(path.with_suffix(".progress"), session.checkpoint_seconds)
+        progress = Progress(path.with_suffix(".progress"), session.checkpoint_seconds, session.saved)
         if not store.has(unit):  # another run may have made it meanwhile
             store.save(unit, *make(unit, generator(seed, unit.stage, unit.name), progress))
+            session.saved()
         progress.path.unlink(missing_ok=True)
     session.wait()
     return len(missing)

@@ -119,7 +119,8 @@ def test_what_a_user_can_get_wrong_is_one_line_before_any_work(root, tmp_path, c
 def test_a_dry_run_says_what_is_shared_and_writes_nothing(root, tmp_path, capsys):
     assert cli.main(["sweep", *arguments(written(root), tmp_path / "runs/steps", "--dry_run")]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "cells 4 condense runs, different 4 students, controls not counted 16" in out
+    assert "cells 4 condense runs, different 4 not made yet 4 images a class in all of them 4 bytes of " in out
+    assert "that are made 0 students, controls not counted 16 in cells without results 16" in out
     assert "row 'none', column 'zeta 1': synthesize.iterations 0, evaluation.zeta 1.0" in out
     assert not (tmp_path / "runs").exists()
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
-from edc_hub import condense, disk, launch
+from edc_hub import condense, disk, launch, recipes, work
 
 
 RECIPE = {
@@ -93,7 +94,29 @@ def test_a_run_says_what_each_stage_took_and_how_to_load_the_set(finished):
     facts = json.loads((runs / "run" / "run.json").read_text())
     for stage in ("observers", "moments", "initialize", "synthesize", "relabel", "control initial"):
         assert f"\n{stage}" in done.stderr and facts["seconds"][stage] >= 0
+    assert f"edc-hub evaluate --dataset {runs / 'run'}" in done.stderr
     assert "load_dataset(" in done.stderr and facts["processes"] == 1 and facts["threads"] == 1
+
+
+def test_a_run_that_was_killed_tells_the_time_of_all_its_calls(tmp_path, monkeypatch):
+    more, save, saved = ("--relabel.controls", "false", "--checkpoint_seconds", "0"), work.Store.save, []
+
+    def killed(store, unit, *made):
+        saved.append(unit)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.5)
+        save(store, unit, *made)
+
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(work.Store, "save", killed)
+        condensed(tmp_path, "first", *more)
+    run = tmp_path / "runs/first"
+    assert [unit.stage for unit in saved] == ["observers"] * 2 and not (run / "run.json").exists()
+    before = json.loads((run / ".seconds.json").read_text())["observers"]
+    condensed(tmp_path, "first", *more)
+    assert json.loads((run / "run.json").read_text())["seconds"]["observers"] >= before >= 0.5
+    assert not (run / ".seconds.json").exists()
 
 
 def test_the_controls_have_the_schema_of_the_set_and_other_images(finished):
@@ -302,7 +325,10 @@ def test_a_dry_run_finds_weights_that_are_not_there(recipe, tmp_path, capsys):
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     assert condense.main(arguments(recipe, tmp_path, "--dry_run")) == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "no values of its own" not in err  # for the digits edc has some
+    for what in ("plain looking at images", "wide in training", "moments of plain", "synthesis by wide", "views"):
+        assert f"measuring {what}\n" in err
     for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels", "disk"):
         assert word in out
     assert list(tmp_path.iterdir()) == []
@@ -330,3 +356,26 @@ def test_the_examples_of_the_readme_run_as_they_stand(finished, tmp_path, monkey
     pair = torch.tensor([0, 100], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 8, 8)
     task = SimpleNamespace(initial=SimpleNamespace(images=pair), recipe=SimpleNamespace(ipc=2), options={"share": 0.2})
     assert names["blend"](task)[:, 0, 0, 0].tolist() == [10, 90]
+
+
+def test_a_data_set_is_no_folder_for_a_run(toy_run, capsys):
+    before = {path: path.read_bytes() for path in toy_run.rglob("*") if path.is_file()}
+    for inside in ("dataset", "controls/random/0"):
+        argv = [str(toy_run / "recipe.yaml"), "--output_dir", str(toy_run / inside), *MACHINE]
+        for more in ([], ["--dry_run"]):
+            assert f"output_dir: {toy_run / inside} is a data set" in refused(capsys, [*argv, *more])
+    assert {path: path.read_bytes() for path in toy_run.rglob("*") if path.is_file()} == before
+
+
+def test_artifacts_lie_beside_a_run_in_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "runs/one").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "runs/one")
+    for given, place in ((".", "runs"), ("..", "."), ("./", "runs"), ("one", "runs/one"), ("../one", "runs")):
+        folder = launch.artifacts(recipes.parse(["digits", "--output_dir", given], prog="condense").recipe)
+        assert folder.resolve() == (tmp_path / place / "artifacts").resolve(), given
+
+
+def test_a_run_on_a_data_set_that_the_method_does_not_know_says_so(toy_run, capsys):
+    argv = [str(toy_run / "recipe.yaml"), "--output_dir", str(toy_run.parent / "none"), *MACHINE, "--dry_run"]
+    assert condense.main(argv) == 0
+    assert "method edc: it has no values of its own for 'toy'; " in capsys.readouterr().err

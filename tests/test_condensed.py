@@ -17,7 +17,7 @@ from datasets import load_dataset
 from helpers_labels import CLASSES, COUNT, IPC, RELABEL, Observers, noise, real, recipe, written
 from PIL import Image
 
-from edc_hub import CondensedSet, card, encoding, labels, tables
+from edc_hub import CondensedSet, card, contents, encoding, labels, recipes, showcase, tables
 from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
@@ -281,11 +281,42 @@ def test_a_newer_format_is_refused_with_the_side_that_is_old(dataset, tmp_path):
     assert CondensedSet.load(tmp_path).ipc == 2
 
 
-@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"format_version": "x"}'])
-def test_a_broken_manifest_is_refused(tmp_path, manifest):
-    (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(InputError, match="not the manifest"):
-        CondensedSet.load(tmp_path)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": "x"}', '{"format_version": "1.0"}', '{"form'])
+def test_a_broken_manifest_is_refused(dataset, tmp_path, text):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset/manifest.json").write_text(text)
+    for name in ("README.md", "recipe.yaml"):
+        shutil.copy(dataset / name, tmp_path / "dataset" / name)
+    shutil.copy(dataset / "recipe.yaml", tmp_path / "recipe.yaml")
+    for read in (
+        lambda: CondensedSet.load(tmp_path / "dataset"),
+        lambda: recipes.of_run(tmp_path),
+        lambda: contents.dataset(tmp_path / "dataset", "some/name"),
+        lambda: contents.observers(tmp_path / "dataset", "some/name", [], []),
+        lambda: showcase.publish(tmp_path / "dataset", []),
+    ):
+        with pytest.raises(InputError, match="dataset/manifest.json: not the manifest"):
+            read()
+
+
+def test_a_set_whose_recipe_is_of_something_else_is_refused_with_the_file(dataset, tmp_path):
+    (tmp_path / "manifest.json").write_bytes((dataset / "manifest.json").read_bytes())
+    (tmp_path / "recipe.yaml").write_text("name: toy")
+    with pytest.raises(InputError, match="recipe.yaml: not the recipe of a condensed set, no section source"):
+        _ = CondensedSet.load(tmp_path).recipe
+
+
+@pytest.mark.parametrize("newer", [{"view_version": 2}, {"randaugment": {"bins": 32}}])
+def test_views_of_a_newer_version_are_refused_and_the_images_are_read(dataset, tmp_path, newer):
+    shutil.copytree(dataset, tmp_path / "set")
+    facts = json.loads((dataset / "manifest.json").read_text())
+    facts["soft_labels"] |= newer
+    (tmp_path / "set/manifest.json").write_text(json.dumps(facts))
+    condensed = CondensedSet.load(tmp_path / "set")
+    assert torch.equal(condensed.images, CondensedSet.load(dataset).images) and len(condensed.soft_labels) == 10
+    for read in (lambda: condensed.replay(0), lambda: condensed.views(0), lambda: condensed.labelled(0, 2)):
+        with pytest.raises(InputError, match="soft_labels: views of toy are those of another edc_hub"):
+            read()
 
 
 def test_a_folder_without_a_finished_set_is_refused_with_a_hint(dataset, tmp_path):

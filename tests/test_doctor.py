@@ -63,10 +63,11 @@ def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_
         (poor,),
         ("hf_wrong",),
         ("",),
+        ("", "digits"),
     ]
     requests = len(hub.log)
     results, said = asked(hub, tmp_path, calls, HF_HUB_DISABLE_XET="1")
-    well, missing, split, read, writes, reads, wrong, none = results
+    well, missing, split, read, writes, reads, wrong, none, local = results
     assert well[0] == 0, said
     assert well[1]["token"] == ("ok", "of tester, role write") and well[1]["xet"][0] == "ok"
     assert well[1]["endpoint"] == ("ok", f"{hub.url} answers")
@@ -79,6 +80,7 @@ def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_
     assert reads[0] == 1 and "writes to: nothing; publishing" in reads[1]["token"][1]
     assert wrong[0] == 1 and "run `hf auth login`" in wrong[1]["token"][1]
     assert none[0] == 1 and none[1]["token"][1].startswith("none; publishing and private sets need one")
+    assert local[0] == 0 and local[1]["token"][0] == "warn"  # a run on the digits asks nobody
     for token in (hub.token, hub.read_token, fine, poor, "hf_wrong"):
         assert token not in said
     fetched = {request.path for request in hub.log[requests:] if request.method == "GET"}
@@ -96,9 +98,13 @@ def test_another_hub_with_xet_on_and_one_that_is_broken(hub, tmp_path):
 
 
 def test_without_a_network_each_failing_line_says_what_to_do(capsys):
-    assert doctor.main(["digits"]) == 1  # HF_HUB_OFFLINE is set for the tests
+    push = ["--hub.push", "true", "--hub.id", "some/name"]
+    for argv, mark in (([], "FAIL"), (["digits"], "warn"), (["digits", *push], "FAIL"), (["cifar10"], "FAIL")):
+        assert doctor.main(argv) == (mark == "FAIL")  # HF_HUB_OFFLINE is set for the tests
+        found = findings(capsys.readouterr().out)
+        assert found["endpoint"][0] == found["token"][0] == mark and "unset it" in found["endpoint"][1]
+    assert doctor.main(["digits", *push]) == 1
     found = findings(capsys.readouterr().out)
-    assert found["endpoint"][0] == "FAIL" and "unset it" in found["endpoint"][1]
     assert found["source"] == ("ok", "sklearn/digits: splits train, test")
     assert {name for name, (mark, _) in found.items() if mark == "FAIL"} <= {"endpoint", "token", "gpu"}
     assert all("; " in text for mark, text in found.values() if mark == "FAIL")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -129,6 +130,26 @@ def test_every_student_is_trained_on_every_set_with_every_seed_and_on_all_contro
         assert student["margin"]["n"] == 4 and set(student["dd_ranking"]) == {"hlr", "ior", "lrs"}
 
 
+def test_a_dry_run_says_what_is_missing_and_writes_nothing(whole, toy_run, lonely, capsys):
+    root = toy_run.parent.parent
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+    def said(*argv):
+        assert evaluate.main([*map(str, argv), "--dry_run"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert re.search(r"narrow 0 of 25 0.0 s wide 0 of 25 0.0 s total 0 of 50 0.0 s ", said(*whole.argv))
+    out = said(*whole.argv, "--seeds", "0,7")
+    assert re.search(r"narrow 12 of 25 [\d.]+ s wide 12 of 25 [\d.]+ s total 24 of 50 [\d.]+ s ", out), out
+    sizes = CondensedSet.load(toy_run / "dataset").sizes("stored")
+    parts = f"(images {sizes['images']:,}, labels {sizes['labels']:,}, views {sizes['views']:,}, observers 0)"
+    assert f"bytes of the set, labels stored: {sum(sizes.values()):,} {parts}" in out
+    assert "random: not counted; made first, where it can be" in said(
+        "--dataset", lonely, *MACHINE, "--source.path", root / "toy"
+    )
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before and not os.path.exists("runs/lonely")
+
+
 def test_the_same_command_again_trains_nothing_and_says_the_same(whole, toy_run, capsys):
     before = units(toy_run.parent)
     assert evaluate.main(whole.argv) == 0
@@ -189,6 +210,14 @@ def test_a_readme_in_the_output_folder_that_is_no_card_is_left_alone(toy_run, tm
     (tmp_path / "README.md").write_text("# My project\n")
     run(toy_run, *FEW, out=tmp_path)
     assert (tmp_path / "README.md").read_text() == "# My project\n" and (tmp_path / "curves.png").is_file()
+
+
+def test_another_set_is_no_folder_for_results(toy_run, two, capsys):
+    for folder in (two / "dataset", toy_run / "dataset", toy_run / "controls/initial"):
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        line = refused(capsys, "--dataset", toy_run, *FEW, "--output_dir", folder)
+        assert line.startswith(f"output_dir: {folder} is a data set; choose another")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_set_away_from_its_run_has_no_control_images(lonely, toy_run, tmp_path, capsys):
@@ -282,6 +311,7 @@ def test_labels_may_be_the_means_or_made_online_and_bytes_say_so(toy_run, tmp_pa
     assert mean["bytes"]["images"] == online["bytes"]["images"]  # the one soft label of each image is no image
     assert online["bytes"]["labels"] == 0 < online["bytes"]["observers"]
     assert online["rows"]["set"]["bytes"] == online["bytes"]["images"] + online["bytes"]["observers"]
+    assert online["rows"]["set"]["bytes_of"] == online["bytes"] and mean["rows"]["set"]["bytes_of"] == mean["bytes"]
     assert "labels online" in online["protocol"] and "labels mean" in mean["protocol"]
 
 
@@ -689,3 +719,10 @@ def test_controls_are_looked_up_once_for_all_students(toy_run, session, monkeypa
     made = bench(toy_run, session, "--evaluation.students", json.dumps([STUDENT, {**STUDENT, "name": "other"}]))
     found = {trial.student: trial.images for trial in made.trials() if trial.row == "initial"}
     assert asked == ["initial", "random"] and found["narrow"] is found["other"]
+
+
+def test_students_have_the_threads_of_the_run_that_made_the_set(toy_run, lonely):
+    def threads(*argv):
+        return comparison.parse(["--dataset", *map(str, argv)]).comparison.threads
+
+    assert (threads(toy_run), threads(toy_run, "--threads", 2), threads(lonely)) == (1, 2, None)

@@ -57,7 +57,9 @@ def run(tmp_path_factory):
     source = {"id": "org/toys", "name": None, "split": "train", "commit": "c" * 40, "fingerprint": "f" * 16}
     source |= {"license": "mit", "link": "https://huggingface.co/datasets/org/toys"}
     manifest = {"format_version": "1.0", "name": "toy", "control": None, "classes": CLASSES}
-    manifest |= {"source": source, "observers": entries}
+    manifest |= {"source": source, "observers": entries, "ipc": 1, "seed": 0}
+    manifest |= dict.fromkeys(("method", "fingerprint", "recipe_sha256"), "edc")
+    manifest |= dict.fromkeys(("images", "soft_labels", "versions", "configs", "files"), {})
     (run / "dataset/manifest.json").write_text(json.dumps(manifest), "utf-8")
     (run / "recipe.yaml").write_text(recipes.dump(recipe), "utf-8")
     (run / "dataset/recipe.yaml").write_text(recipes.published(recipe), "utf-8")

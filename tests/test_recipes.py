@@ -243,6 +243,14 @@ def test_the_evaluation_is_that_of_the_protocol_below_the_file_and_the_command_l
     )
 
 
+def test_a_data_set_that_no_method_knows_is_said():
+    every = [recipe(name, "--method", method) for name in recipes.shipped() for method in recipes.methods()]
+    assert not any(map(recipes.without_values, every))
+    for method in ("edc", "sre2l", "random"):
+        line = recipes.without_values(recipe("digits", "--method", method, "--name", "pets"))
+        assert line == f"method {method}: it has no values of its own for 'pets'; those for all data sets are used"
+
+
 # Command line
 
 
@@ -313,9 +321,10 @@ def test_help_lists_every_key_with_its_meaning_type_and_default(capsys):
 def test_the_printed_recipe_is_resolved_and_refuses_another_method(file):
     path = file(recipes.dump(recipe("tiny-imagenet", "--ipc", 1)))
     assert recipe(path) == recipe("tiny-imagenet", "--ipc", 1)
-    assert recipe(path, "--ipc", 10).relabel.epochs == 1000  # the method is not asked again
-    for method in ("edc", "random"):
-        assert error(path, "--method", method).startswith("method: this recipe is resolved")
+    assert recipe(path, "--ipc", 1, "--method", "edc", "--evaluation.protocol", "edc") == recipe(path)  # its own
+    for key, value in {"method": "random", "ipc": 10, "name": "digits", "evaluation.protocol": "dc"}.items():
+        assert error(path, f"--{key}", value).startswith(f"{key}: this recipe is resolved, with the values of {key} ")
+    assert "no protocol 'cd'; " in error(path, "--evaluation.protocol", "cd")
 
 
 def test_an_override_of_observers_train_reaches_the_networks_of_a_printed_recipe(file):
@@ -396,6 +405,11 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ),
         ("--synthesize 5", "synthesize: expected a section of keys and values, got 5; write e.g. synthesize: {"),
         ("--synthesize.lr 1e300", "synthesize.lr: 1e+300 is more than float32 arithmetic can work with; write less"),
+        ("--relabel.budget abc", "relabel.budget: expected a number, got 'abc'; write e.g. --relabel.budget 0.5"),
+        (
+            "--source.classes no,yes",
+            "source.classes[0]: expected text, got False; YAML so reads yes, no, on and off: put",
+        ),
         ("--relabel.budget 1e305", "relabel.budget: 1e+305 is more than float32 arithmetic"),
         (
             '--evaluation.students [{"arch":"convnet3","args":{"width":2020-01-01}}]',

@@ -285,8 +285,9 @@ def test_images_must_be_named(capsys):
 def test_a_finished_set_is_not_replaced_by_one_of_other_images(run, made, theirs, tmp_path, capsys):
     before = digests(made)
     other = write(tmp_path / "other", theirs[1].flip(0), [i % 10 for i in reversed(range(30))])
-    assert run(other, "made")[0] == 2
-    assert "is finished and of their-digits; give this run another output_dir" in capsys.readouterr().err
+    for more in ([], ["--dry_run"]):
+        assert run(other, "made", *more)[0] == 2
+        assert "is finished and of their-digits; give this run another output_dir" in capsys.readouterr().err
     assert digests(made) == before
 
 
@@ -296,6 +297,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run, theirs, capsys):
     assert status == 0 and not folder.exists()
     assert "their-digits: 10 classes, 3 images each, 8 px" in out and "sets: 2\n" in out
     assert re.search(r"soft_labels +60 rows .* MiB before compression, dense\n", out)
+    assert re.search(r"\nobservers +[\d.]+ s\nrelabel +[\d.]+ s\ntotal +[\d.]+ s\n", out)
 
 
 def test_a_set_is_published_once_it_is_labelled(made, theirs, tmp_path):
@@ -343,3 +345,9 @@ def test_help_lists_the_keys_of_the_images_and_of_the_recipe(capsys):
     assert left.value.code == 0
     assert out.count("  --ipc ") == 1 and "images of each class to take" in out
     assert "--label_column  text or null" in out and "--images.format" in out and "--relabel.epochs" in out
+
+
+def test_a_run_stands_for_the_set_that_it_made(made, digits):
+    ours, same = load(made, digits), load(made / "dataset", digits)
+    assert torch.equal(ours.images, same.images) and ours.facts == same.facts
+    assert given.parse(["digits", "--images", str(made)]).recipe.output_dir == "runs/digits-relabel-made"

@@ -215,6 +215,14 @@ def test_the_table_shows_every_row_or_why_it_is_not_there():
         assert "3 draws x 3 seeds" in row_of(text, "random real images") and "margin over" not in text
 
 
+def test_random_images_of_one_or_two_draws_say_that_these_are_few():
+    for draws in (1, 2, 3):
+        found = results.summarise(trained("set", 0.5) + trained("random", 0.4, draws=draws), about())
+        for text in (report.table(found), report.markdown(found)):
+            said = "fewer than 3 draws" in " ".join(text.split())  # a table's line may be wrapped
+            assert said == (draws < 3) and "fewer" not in row_of(text, "condensed set")
+
+
 def test_a_row_of_other_steps_says_so():
     text = report.table(results.summarise(everything(), about()))
     assert "23,460 steps" in row_of(text, "whole real set")

@@ -250,3 +250,8 @@ def test_a_full_cache_disk_is_named_with_ways_out(plain, monkeypatch):
     monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", full)
     text = message(plain)
     assert "no room" in text and "set HF_HOME" in text and "source.streaming: true" in text
+
+
+def test_the_digits_have_no_configuration_to_name():
+    with pytest.raises(InputError, match="source.name: sklearn/digits has no configurations"):
+        open_set("sklearn/digits", name="foo")

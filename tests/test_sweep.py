@@ -81,6 +81,9 @@ def test_the_same_command_again_makes_nothing_and_says_the_same(whole, capsys):
     assert sweep.main(arguments(whole.file, whole.folder)) == 0
     assert capsys.readouterr().out == whole.out and before == stamps(whole.runs, *stages(whole.runs))
     assert tables == {name: (whole.folder / name).read_text() for name in tables}
+    assert sweep.main([*arguments(whole.file, whole.folder), "--dry_run"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not made yet 0 " in said and "in cells without results 0 " in said and "are made 0 " not in said
 
 
 def test_a_cell_that_fails_now_shows_none_of_its_old_figures_and_a_damaged_file_counts_for_none(whole):
