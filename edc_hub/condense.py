@@ -22,13 +22,13 @@ if TYPE_CHECKING:  # torch is imported once the recipe is known to be right: a t
 
 def command(argv: list[str]) -> None:
     """Parses, then prints the recipe or the plan, or does the job."""
-    recipe, dry_run, print_recipe = recipes.parse(argv, prog="condense")
+    recipe, dry_run, print_recipe, resolved = recipes.parse(argv, prog="condense")
     if print_recipe:
         print(recipes.dump(recipe), end="")
         return
     if recipe.method == "relabel":  # the recipe that a relabelled set carries; it makes no images
         raise InputError("method: relabel labels images that are there; write edc-hub relabel RECIPE --images …")
-    if launch.is_first() and (line := recipes.without_values(recipe)):
+    if launch.is_first() and not resolved and (line := recipes.without_values(recipe)):
         print(line, file=sys.stderr)
     function = methods.find(recipe.method)
     folder = launch.run_folder(recipe)
@@ -52,12 +52,13 @@ def condense(recipe: Recipe, folder: Path, session: "Session", real: "RealSet | 
     dataset folder."""
     from . import initialize, labels, moments, observers, pictures, synthesize
 
-    clock, function = pictures.Clock(session, folder), methods.find(recipe.method)
+    clock, function = pictures.Clock(session), methods.find(recipe.method)
     with clock("source"):
         real = launch.images(recipe, folder, real)
         initialize.check(recipe, real)
         labels.check(recipe, len(real.names))
         real.preload()
+    clock.resume(recipe, folder)
     launch.begin(recipe, folder, session)
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)

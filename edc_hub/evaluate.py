@@ -90,6 +90,11 @@ def show_plan(parsed: Parsed, folder: Path, session: "Session") -> None:
 
     asked, bytes_ = parsed.comparison, {}
     lone = any(each.run is None for each in parsed.sets)  # whose controls are made again first, where they can be
+    if asked.evaluation.labels == "online" and (lone or asked.evaluation.teachers):
+        raise InputError(
+            "--dry_run: the networks that label online would be trained or downloaded first; leave it out, or write "
+            "--evaluation.labels stored"
+        )
     left = [kind for kind in asked.controls if lone and kind in ("initial", "random")]
     asked = asked.model_copy(update={"controls": [kind for kind in asked.controls if kind not in left]})
     bench = Bench(asked, parsed.sets, session, folder)

@@ -49,7 +49,8 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     side = given.size or _side(found, rows)
     if side != found.size:
         found = source.load(asked.model_copy(update={"size": side}))
-    facts = {"id": found.id, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
+    name = found.id if given.place == given.images else disk.local(given.images, "images").absolute().name  # of a run
+    facts = {"id": name, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
     if flags := _flags(given):
         facts["flags"] = flags
     return Foreign(found.images(rows), ipc, facts, _grid(given.place, found.commit))

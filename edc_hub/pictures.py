@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import canvas, condensed, disk, encoding, initialize, labels, launch, work
+from . import canvas, condensed, disk, encoding, initialize, labels, launch, recipes, work
 from .initialize import Initial
 from .observers import Observers
 from .realset import RealSet
@@ -87,14 +87,20 @@ def label_and_write(
 
 
 class Clock:
-    """Times the stages: a line on stderr for each, and `seconds` for run.json, where times of earlier calls in the run
-    `folder` are in them. Of a killed call those up to its last save."""
+    """Times the stages: a line on stderr for each, and `seconds` for run.json."""
 
-    def __init__(self, session: Session, folder: Path | None = None):
-        self.session, self.saved, self.seconds = session, time.monotonic(), {}
-        self.file = folder / ".seconds.json" if folder and session.state.is_main_process else None
-        if self.file:
-            self.seconds = disk.json_of(self.file) or disk.json_of(folder / "run.json").get("seconds", {})
+    def __init__(self, session: Session):
+        self.session, self.saved, self.seconds, self.file = session, time.monotonic(), {}, None
+
+    def resume(self, recipe: Recipe, folder: Path) -> None:
+        """Adds what earlier calls of this very recipe spent in a run folder, of a killed one up to its last save."""
+        if not self.session.state.is_main_process:
+            return
+        self.file, written = folder / ".seconds.json", folder / "recipe.yaml"
+        if written.is_file() and written.read_text("utf-8") == recipes.dump(recipe):
+            earlier = disk.json_of(self.file) or disk.json_of(folder / "run.json").get("seconds", {})
+            for stage, seconds in earlier.items():
+                self.seconds[stage] = round(self.seconds.get(stage, 0) + seconds, 2)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:

@@ -37,6 +37,8 @@ class Parsed(NamedTuple):
     recipe: Recipe
     dry_run: bool
     print_recipe: bool
+    resolved: bool
+    """Whether the file was: its values are all its own."""
 
 
 def parse(argv: list[str], prog: str, **facts: Any) -> Parsed:
@@ -53,9 +55,10 @@ def parse(argv: list[str], prog: str, **facts: Any) -> Parsed:
         if odd:
             got += f"; a key is written --{odd.lstrip('-').replace('=', ' ')}"
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
-    recipe = resolve(load(find(named[0])) | facts, overrides)
+    content = load(find(named[0]))
+    recipe = resolve(content | facts, overrides)
     refuse_strangers(overrides, recipe.evaluation)
-    return Parsed(recipe, **flags)
+    return Parsed(recipe, **flags, resolved=content.get("resolved", False))
 
 
 def usage(prog: str) -> str:

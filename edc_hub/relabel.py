@@ -51,10 +51,11 @@ def relabel(parsed: Parsed, folder: Path, session: "Session") -> Path:
     from . import observers, pictures, source
     from .initialize import Initial
 
-    clock = pictures.Clock(session, folder)
+    clock = pictures.Clock(session)
     with clock("source"):
         foreign, recipe, real = read(parsed)
         real.preload()
+    clock.resume(recipe, folder)
     launch.begin(recipe, folder, session)
     with clock("observers"):
         watching = observers.obtain(recipe, real, session)

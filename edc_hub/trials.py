@@ -6,7 +6,7 @@ again by the next comparison that has it, taken up where it was killed.
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,21 +258,22 @@ class Bench:
         return [Done(trial, store.load(unit), store.facts(unit)) for unit, trial in by_unit.items()]
 
     def seconds(self, trials: list[Trial]) -> float:
-        """Projected seconds of trials of one student, from a few steps of one of them; nothing of it is kept."""
+        """Projected seconds that the steps of trials of one student take, by a few of them; nothing of it is kept."""
         from . import plan
 
-        trial = min(trials, key=lambda it: ROWS[it.row].images == "whole")  # which reads the whole real set
-        section, name = self._section(trial), trial.student
-        self.session.report(f"measuring {name}")
-        learner = students.Learner(self.network(name, 0), section, self.session)
-        learner.begin(section.lr)
-        batch = next(self.lessons.feed(trial, section, 0).epoch(0, work.generator(0, STAGE, "time")))
-        return plan.seconds_of(lambda: learner.step(batch), self.session) * sum(map(self._steps, trials))
-
-    def _steps(self, trial: Trial) -> int:
-        section, whole = self._section(trial), ROWS[trial.row].images == "whole"
-        count = len(self.real.rows()) if whole else trial.images.manifest["images"]["count"]
-        return section.epochs * feed.steps(count, section.batch, full=not whole and self.lessons.whole_batches(trial))
+        total = 0.0
+        for whole in (False, True):  # the whole real set, which has batches of its own
+            own = [trial for trial in trials if (ROWS[trial.row].images == "whole") == whole]
+            if own:
+                section, name = self._section(own[0]), own[0].student
+                self.session.report(f"measuring {name}" + " on the whole real set" * whole)
+                learner = students.Learner(self.network(name, 0), section, self.session)
+                learner.begin(section.lr)
+                fed = self.lessons.feed(own[0], section, 0)
+                batch = next(fed.epoch(0, work.generator(0, STAGE, "time")))
+                each = plan.seconds_of(partial(learner.step, batch), self.session)
+                total += each * section.epochs * fed.steps * len(own)
+        return total
 
     def _section(self, trial: Trial) -> Evaluation:
         """The student's protocol, changed as the row asks."""

@@ -298,6 +298,7 @@ def test_a_card_says_what_measures_it_and_tells_observers_of_one_architecture_ap
     manifest["observers"][0]["args"] = {"depth": 3, "width": 64}
     made = card.render(manifest, evaluation, "org/toy", old=text)
     assert f"| {manifest['observers'][0]['arch']} `{{'depth': 3, 'width': 64}}` |" in made
+    assert [card.marked(made, name) for name in card.MEASURED] == ["Not measured yet."] * 3  # its readers have no run
 
 
 def test_results_come_at_the_end_of_a_card_that_has_no_place_for_them():

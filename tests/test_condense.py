@@ -18,7 +18,7 @@ from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
-from edc_hub import condense, disk, launch, recipes, work
+from edc_hub import condense, disk, launch, pictures, recipes, work
 
 
 RECIPE = {
@@ -117,6 +117,16 @@ def test_a_run_that_was_killed_tells_the_time_of_all_its_calls(tmp_path, monkeyp
     condensed(tmp_path, "first", *more)
     assert json.loads((run / "run.json").read_text())["seconds"]["observers"] >= before >= 0.5
     assert not (run / ".seconds.json").exists()
+
+
+def test_the_time_that_another_recipe_took_in_the_folder_is_not_a_run_s(tmp_path, session):
+    recipe = recipes.parse(["digits"], prog="condense").recipe
+    launch.keep(recipe, tmp_path)
+    (tmp_path / ".seconds.json").write_text('{"observers": 5.0}')
+    for given, seconds in ((recipe, {"observers": 5.0}), (recipe.model_copy(update={"seed": 1}), {})):
+        clock = pictures.Clock(session)
+        clock.resume(given, tmp_path)
+        assert clock.seconds == seconds
 
 
 def test_the_controls_have_the_schema_of_the_set_and_other_images(finished):

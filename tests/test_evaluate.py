@@ -147,6 +147,13 @@ def test_a_dry_run_says_what_is_missing_and_writes_nothing(whole, toy_run, lonel
     assert "random: not counted; made first, where it can be" in said(
         "--dataset", lonely, *MACHINE, "--source.path", root / "toy"
     )
+    online = [
+        "--evaluation.labels",
+        "online",
+        "--evaluation.teachers",
+        "[{name: a, arch: convnet3, train: {epochs: 1}}]",
+    ]
+    assert refused(capsys, "--dataset", toy_run, *FEW, *online, "--dry_run").startswith("--dry_run: the networks that")
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before and not os.path.exists("runs/lonely")
 
 

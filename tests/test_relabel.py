@@ -349,5 +349,5 @@ def test_help_lists_the_keys_of_the_images_and_of_the_recipe(capsys):
 
 def test_a_run_stands_for_the_set_that_it_made(made, digits):
     ours, same = load(made, digits), load(made / "dataset", digits)
-    assert torch.equal(ours.images, same.images) and ours.facts == same.facts
+    assert torch.equal(ours.images, same.images) and ours.facts == {**same.facts, "id": made.name}
     assert given.parse(["digits", "--images", str(made)]).recipe.output_dir == "runs/digits-relabel-made"
