@@ -6,13 +6,7 @@ from typing import Any
 
 from . import disk, documents, recipes
 from .errors import InputError
-from .versions import DATA, File, Version
-
-
-OBSERVERS = "observers.json"
-"""Names the published weights of a set's observers: {observer: {"weights": …, "arch": …, "bytes": …}}."""
-
-BESIDE = ("results.json", OBSERVERS, "assets/grid.png", "assets/curves.png")
+from .versions import BESIDE, DATA, OBSERVERS, File, Version
 
 
 def models(folder: Path, id: str, dataset_id: str, place: Path) -> list[Version]:

@@ -31,8 +31,10 @@ def command(argv: list[str]) -> None:
         return
     folder, store = places(parsed.comparison, parsed.sets[0])
     if parsed.dry_run:
+        from . import evaluate_plan
+
         with launch.session(parsed.comparison, store) as session:
-            show_plan(parsed, folder, session)
+            evaluate_plan.show(parsed, folder, session)
         return
     with launch.lock(folder), launch.session(parsed.comparison, store) as session:
         evaluate(parsed, folder, session)
@@ -81,44 +83,6 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         trackers.log(asked, folder, done, outcomes)
     session.wait()
     return found
-
-
-def show_plan(parsed: Parsed, folder: Path, session: "Session") -> None:
-    """Prints which students are missing, how long they would take and what they read; trains and writes nothing."""
-    from . import plan
-    from .trials import Bench
-
-    asked, bytes_ = parsed.comparison, {}
-    lone = any(each.run is None for each in parsed.sets)  # whose controls are made again first, where they can be
-    if asked.evaluation.labels == "online" and (lone or asked.evaluation.teachers):
-        raise InputError(
-            "--dry_run: the networks that label online would be trained or downloaded first; leave it out, or write "
-            "--evaluation.labels stored"
-        )
-    left = [kind for kind in asked.controls if lone and kind in ("initial", "random")]
-    asked = asked.model_copy(update={"controls": [kind for kind in asked.controls if kind not in left]})
-    bench = Bench(asked, parsed.sets, session, folder)
-    bench.check()
-    every, seconds = bench.trials(), 0.0
-    missing = [trial for trial in every if not session.store.has(bench.unit(trial))]
-    if session.state.is_main_process:
-        print(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
-        print(f"results: {folder}\n\n{'student':<24}{'to train':>12}{'projected':>12}", flush=True)
-    for name, section in bench.sections.items():
-        own = [trial for trial in missing if trial.student == name]
-        taken = bench.seconds(own) / min(session.state.num_processes, len(own)) if own else 0.0
-        seconds, bytes_[section.labels] = seconds + taken, bench.lessons.bytes(parsed.sets[0], section.labels)
-        if session.state.is_main_process:
-            of_all = f"{len(own)} of {sum(trial.student == name for trial in every)}"
-            print(f"{name:<24}{of_all:>12}{plan.human(taken):>12}", flush=True)
-    if session.state.is_main_process:
-        print(f"{'total':<24}{f'{len(missing)} of {len(every)}':>12}{plan.human(seconds):>12}\n")
-        for labels, sizes in bytes_.items():
-            parts = ", ".join(f"{part} {size:,}" for part, size in sizes.items())
-            print(f"bytes of the set, labels {labels}: {sum(sizes.values()):,} ({parts})")
-        left = dict.fromkeys(left, "not counted; made first, where it can be")
-        for row, why in {**left, **bench.unavailable}.items():
-            print(f"{row}: {why}")
 
 
 def measure(

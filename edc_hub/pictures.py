@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import canvas, condensed, disk, encoding, initialize, labels, launch, recipes, work
+from . import canvas, disk, encoding, initialize, labels, launch, recipes, work, writing
 from .initialize import Initial
 from .observers import Observers
 from .realset import RealSet
@@ -71,7 +71,7 @@ def label_and_write(
     soft = labels.obtain(recipe, encoding.decode(files), watching, session, pictures.label, epochs=pictures.epochs)
     wrote = False
     if session.state.is_main_process:
-        wrote = condensed.write(
+        wrote = writing.write(
             pictures.place,
             recipe=recipe,
             files=files,

@@ -7,10 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from . import contents, hub, tokens
-from .contents import OBSERVERS
 from .hub import Plan
 from .recipe import Recipe
-from .versions import Version
+from .versions import OBSERVERS, Version
 
 
 def push(

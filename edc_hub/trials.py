@@ -6,7 +6,7 @@ again by the next comparison that has it, taken up where it was killed.
 
 import os
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -203,7 +203,7 @@ class Bench:
             )
 
     def unit(self, trial: Trial) -> Unit:
-        section, row = self._section(trial), ROWS[trial.row]
+        section, row = self.section(trial), ROWS[trial.row]
         given, made = self.students[trial.student], trial.images.manifest
         images = dict(made["images"])
         count = images.pop("count")
@@ -257,25 +257,7 @@ class Bench:
         store = self.session.store
         return [Done(trial, store.load(unit), store.facts(unit)) for unit, trial in by_unit.items()]
 
-    def seconds(self, trials: list[Trial]) -> float:
-        """Projected seconds that the steps of trials of one student take, by a few of them; nothing of it is kept."""
-        from . import plan
-
-        total = 0.0
-        for whole in (False, True):  # the whole real set, which has batches of its own
-            own = [trial for trial in trials if (ROWS[trial.row].images == "whole") == whole]
-            if own:
-                section, name = self._section(own[0]), own[0].student
-                self.session.report(f"measuring {name}" + " on the whole real set" * whole)
-                learner = students.Learner(self.network(name, 0), section, self.session)
-                learner.begin(section.lr)
-                fed = self.lessons.feed(own[0], section, 0)
-                batch = next(fed.epoch(0, work.generator(0, STAGE, "time")))
-                each = plan.seconds_of(partial(learner.step, batch), self.session)
-                total += each * section.epochs * fed.steps * len(own)
-        return total
-
-    def _section(self, trial: Trial) -> Evaluation:
+    def section(self, trial: Trial) -> Evaluation:
         """The student's protocol, changed as the row asks."""
         section = self.sections[trial.student]
         if ROWS[trial.row].hard:
@@ -285,7 +267,7 @@ class Bench:
         return section
 
     def _train(self, trial: Trial, progress: Progress) -> tuple[dict[str, Tensor], dict]:
-        section = self._section(trial)
+        section = self.section(trial)
         seed = students.first_weights(trial.student, trial.seed)
         network, fed = self.network(trial.student, seed), self.lessons.feed(trial, section, seed)
         trained = students.train(

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoFile
 
 
+OBSERVERS = "observers.json"
+"""Names the published weights of a set's observers: {observer: {"weights": …, "arch": …, "bytes": …}}."""
+
+BESIDE = ("results.json", OBSERVERS, "assets/grid.png", "assets/curves.png")
+"""What lies in a dataset folder beside what its manifest names."""
+
 DATA = re.compile(r"(images|soft_labels\w*)/.+|.+\.safetensors")
 NUMBERED = re.compile(r"v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 

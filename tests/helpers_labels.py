@@ -7,7 +7,7 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 
-from edc_hub import condensed, labels
+from edc_hub import labels, writing
 from edc_hub.encoding import decode, encode
 from edc_hub.recipe import Recipe
 from edc_hub.work import Session
@@ -115,7 +115,7 @@ def written(
     files = encode(images, given.images)
     rows = torch.arange(COUNT).int().view(-1, 1)
     tiles = [rows + 100, rows - 5] * max(1, given.images.grid**2 // 2)
-    condensed.write(
+    writing.write(
         folder,
         recipe=given,
         files=files,
