@@ -242,7 +242,7 @@ def test_hard_rows_are_the_set_s_own_images_with_their_classes(toy_run, session)
     made = bench(toy_run, session, "--seeds", "0")
     images = CondensedSet.load(toy_run / "dataset")
     for trial in [trial for trial in made.trials() if trial.row.startswith("hard")]:
-        section = made._section(trial)
+        section = made.section(trial)
         fed = made.lessons.feed(trial, section, seed=1)
         assert section.loss == "ce" and fed.count == 6
         batches = list(fed.epoch(0, torch.Generator().manual_seed(0)))
@@ -275,7 +275,7 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
     assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
     assert len(lessons.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
     for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:
-        fed = made.lessons.feed(trial, made._section(trial), seed=1)
+        fed = made.lessons.feed(trial, made.section(trial), seed=1)
         own = made.lessons.feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
         batches = list(fed.epoch(0, torch.Generator().manual_seed(0)))
         assert fed.steps == own.steps == len(batches) == 2 and {len(batch.x) for batch in batches} == {4}
@@ -289,7 +289,7 @@ def test_every_row_takes_the_set_s_steps_where_teachers_need_whole_batches(toy_r
     assert all(made.unit(trial).fingerprint != before[trial.row] for trial in made.trials())
     stored = bench(toy_run, beside, "--seeds", "0")
     assert not {stored.unit(trial).fingerprint for trial in stored.trials()} & set(before.values())
-    steps = {trial.row: made.lessons.feed(trial, made._section(trial), seed=1).steps for trial in made.trials()}
+    steps = {trial.row: made.lessons.feed(trial, made.section(trial), seed=1).steps for trial in made.trials()}
     assert {"set", "hard_mixed", "real_unmixed"} <= set(steps) and set(steps.values()) == {1}  # 6 images in fours
 
 

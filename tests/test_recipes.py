@@ -290,8 +290,8 @@ def test_text_keys_take_the_text_as_it_stands():
 
 def test_flags_stand_anywhere_with_or_without_a_value():
     for argv in (["--dry_run", "digits"], ["digits", "--dry_run", "true"], ["--dry-run", "digits"]):
-        assert parse(*argv)[1:] == (True, False)
-    assert parse("digits", "--print_recipe", "--dry_run=false")[1:] == (False, True)
+        assert parse(*argv)[1:] == (True, False, False)
+    assert parse("digits", "--print_recipe", "--dry_run=false")[1:] == (False, True, False)
     assert recipe("digits", "--synthesize.flip", "--ipc", 3).synthesize.flip is True
 
 
