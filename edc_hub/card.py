@@ -1,9 +1,11 @@
 """The card of a condensed set and its picture: rendered from the manifest and the recipe, with no facts of its own."""
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 import yaml
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -93,9 +95,8 @@ def _rendered(
     origin = {None: condensed_by, "initial": "the initial images of a run", "random": "real images drawn at random"}
     grid = "Each pair: the image it started from, and the condensed image"
     grid = "Some of the images" if control or "origin" in manifest else grid
-    made = DatasetCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
+    made = _template().render(
+        card_data=metadata.to_yaml(),
         manifest=manifest,
         title=_title(manifest),
         cited=_cited(manifest, source, citations),
@@ -114,7 +115,12 @@ def _rendered(
         published=published or {},
         steps=" → ".join(step for step, used in steps.items() if used),
     )
-    return made.content.rstrip() + "\n"  # Jinja drops the last line's end
+    return made.rstrip() + "\n"  # Jinja drops the last line's end
+
+
+@functools.cache  # a run writes a card for each of its controls, and compiling takes longer than rendering
+def _template() -> jinja2.Template:
+    return jinja2.Template(TEMPLATE.read_text("utf-8"))
 
 
 def _cited(manifest: dict[str, Any], source: dict[str, Any], citations: list[str]) -> str:
