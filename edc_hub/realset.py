@@ -250,8 +250,10 @@ class RealSet:
                 ) from error
             return cuts[index](image)
 
-        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            stacked = torch.from_numpy(np.stack(list(pool.map(one, range(len(rows))))))
+        threads = torch.get_num_threads()  # each takes one share: a task an image costs more than a small image
+        with ThreadPoolExecutor(threads) as pool:
+            shares = pool.map(lambda share: list(map(one, share)), np.array_split(range(len(rows)), threads))
+            stacked = torch.from_numpy(np.stack([image for share in shares for image in share]))
         return stacked.movedim(-1, -3).contiguous()
 
 
