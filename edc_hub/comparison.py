@@ -10,8 +10,8 @@ from pydantic import Field
 
 from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
-from .protocol import Evaluation, Student
-from .recipe import Recipe, Source
+from .protocol import Evaluation, Student, in_use
+from .recipe import Recipe, Relabel, Source
 from .section import Count, Distinct, Positive, Rate, Section, Threads
 
 
@@ -25,6 +25,7 @@ _FLAGS = {
 }
 _SHIPPED = recipes.ROOT / "evaluation"
 _ONE_TEACHER = ("rded", "sre2l", "cda", "rd3")  # protocols whose labels are those of one trained ResNet-18
+_VIEWS = ("crop_area", "flip", "rand_augment", "shuffle", "mix", "observer_mode")  # what labels are of
 _MADE = ("name", "method", "options", "ipc", "moments", "initialize", "synthesize", "relabel", "images")  # the set
 _OWN = ("seed", "path", "controls", "random_draws")  # what sets of one figure need not share
 
@@ -214,18 +215,17 @@ def _preset(protocol: str, first: "CondensedSet") -> dict[str, Any]:
 
 
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
-    """The protocol's name, and in brackets every value that is not the preset's: `rd3 (labels stored)`."""
+    """The protocol's name, and in brackets every value in use that is not the preset's: `rd3 (labels stored)`."""
     preset = _preset(section.protocol, first)
-    ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
+    ours, theirs = (in_use(each).model_dump() for each in (section, Evaluation.model_validate(preset)))
     named = {"protocol", "students", "teachers"}
-    if section.augment != "own":
-        named.add("view")  # not in use
     recipes.let_through(preset, {key: value for key, value in ours.items() if value != theirs[key]})
     theirs["per_student"] = preset["per_student"]
     changed = [key for key in ours if key not in named and ours[key] != theirs[key]]
     values = [f"{key} {_value(ours[key], theirs[key])}" for key in changed]
     if section.labels == "stored" and first.epochs < section.epochs:
         values.append(f"{first.epochs} label epochs")
+    values += _views_unlike(section, first)
     codec = first.manifest["soft_labels"]["codec"]
     if section.labels == "stored" and codec != "dense":
         values.append(f"top {first.recipe['relabel']['top_k']} labels" if codec == "top_k" else f"{codec} labels")
@@ -234,6 +234,17 @@ def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     if (one and nets != ["resnet18"]) or (not one and section.labels == "online" and section.teachers):
         values.append(f"labels of {len(nets)} networks" if len(nets) > 1 else f"labels of {nets[0]}")
     return f"{section.protocol} ({', '.join(values)})" if values else section.protocol
+
+
+def _views_unlike(section: Evaluation, first: "CondensedSet") -> list[str]:
+    """How stored views and their labels were made, where the method of the protocol's name makes them otherwise."""
+    method = section.protocol if section.protocol in recipes.methods() else first.manifest["method"]
+    if section.labels != "stored" or method == "relabel":
+        return []
+    below = recipes.blocks("method", method, first.manifest["name"], first.manifest["ipc"])
+    below = keys.layered(below, Recipe).get("relabel") or {}
+    ours, theirs = first.recipe["relabel"], Relabel.model_validate(below).model_dump()
+    return [f"{key} {ours[key]}" for key in _VIEWS if ours[key] != theirs[key]]
 
 
 def _labelling(section: Evaluation, first: "CondensedSet") -> list[str]:

@@ -185,6 +185,8 @@ def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
     configs = transformers().AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES
 
+    if name == "timm_wrapper" and "architecture" not in args:  # its default is a ResNet-50
+        raise InputError("a timm_wrapper without a network; name one of timm's, e.g. args: {architecture: resnet18}")
     try:
         if name in TYPES:
             known = configs.for_model(name)

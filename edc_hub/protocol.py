@@ -4,6 +4,7 @@ A protocol is a file of `recipes/protocols`, read as a method's file is; `evalua
 it stand above its values. Nothing here imports torch.
 """
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -92,9 +93,29 @@ class Evaluation(Section):
         return self
 
 
+def in_use(section: Evaluation) -> Evaluation:
+    """The section with the keys that nothing reads, beside its others, at their defaults."""
+    read = {
+        "teachers": section.labels == "online",
+        "shuffled": section.labels in ("stored", "hard"),
+        "view": section.augment == "own",
+        "ce_weight": section.loss == "mse_ce",
+        "temperature": section.loss == "kl",
+        "momentum": section.optimizer == "sgd",
+        "zeta": section.schedule in ("smooth", "ssrs", "linear"),
+        "milestones": section.schedule == "multistep",
+        "gamma": section.schedule in ("multistep", "alrs"),
+    }
+    unread = {key: Evaluation.model_fields[key].get_default() for key, is_read in read.items() if not is_read}
+    return section.model_copy(update=unread)
+
+
 def student_name(student: str | Student) -> str:
-    """What tables call a student."""
-    return student if isinstance(student, str) else student.name or student.arch
+    """What tables call a student: with arguments of its own and no name, `convnet-depth2-width32`."""
+    if isinstance(student, str):
+        return student
+    own = (f"-{key}{value}" for key, value in student.args.items())
+    return student.name or re.sub(r"[^\w./+-]+", "-", student.arch + "".join(own)).rstrip("-")
 
 
 def named_students(section: Evaluation) -> dict[str, Student]:

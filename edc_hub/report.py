@@ -98,6 +98,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 
 def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     about, own = results["about"], results["students"][student]
+    averaged = about["evaluation"]["ema"]["decay"] or about["evaluation"]["per_student"]
     steps = _steps(own["rows"].get("set"))
     for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
@@ -112,11 +113,13 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         if steps and _steps(found) != steps:
             notes.append(f"{_steps(found):,} steps")
         live, ema = (_column(**found[weights]) for weights in WEIGHTS)
+        ema = ema if averaged else "-" + " " * 6
         images = f"{about_row['images']:,}"
         size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
         yield Line(title, str(found["n"]), live, ema, images, size, "; ".join(notes))
     if margin := own["margin"]:
-        yield Line(_MARGIN, str(margin["n"]), *(_column(margin[it], margin["std"][it], "+") for it in WEIGHTS))
+        live, ema = (_column(margin[it], margin["std"][it], "+") for it in WEIGHTS)
+        yield Line(_MARGIN, str(margin["n"]), live, ema if averaged else "-" + " " * 6)
 
 
 def _notes(each: list[dict[str, Any]]) -> list[str]:

@@ -75,7 +75,7 @@ def summarise(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
     Returns `about` and for each student its rows with n, mean and std (None where n is 1), its margin over the
     initial images, the better variants, DD-Ranking's scores and published figures of its architecture.
     """
-    order = list(ROWS)
+    order, hard = list(ROWS), about["evaluation"]["labels"] == "hard"  # then the set's own row is that of hard labels
     outcomes = sorted(outcomes, key=lambda it: (it.student, order.index(it.row), it.set, it.draw, it.seed))
     students = {}
     for student, own in groupby(outcomes, lambda it: it.student):
@@ -85,7 +85,7 @@ def summarise(outcomes: list[Outcome], about: dict[str, Any]) -> dict[str, Any]:
             "rows": {row: _row(part) for row, part in rows.items()},
             "margin": _margin(rows),
             "better": better,
-            "dd_ranking": _dd_ranking(rows, better),
+            "dd_ranking": _dd_ranking(rows, ("set",) if hard else PAIRS["hard"]),
             "published": _published(about, student),
         }
     return {"about": about, "students": students}
@@ -148,24 +148,26 @@ def _mean(part: list[Outcome], name: str) -> float:
     return fmean(getattr(outcome, name) for outcome in part)
 
 
-def _dd_ranking(rows: dict[str, list[Outcome]], better: dict[str, str]) -> dict[str, dict[str, float]]:
-    """DD-Ranking's scores of fractions, where the rows that they need are there.
+def _dd_ranking(rows: dict[str, list[Outcome]], hard: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """DD-Ranking's scores of fractions, where the rows that they need are there; `hard`: those of its hard labels.
 
     Hard-label recovery gap hlr = Acc(whole, hard) - Acc(set, hard), improvement over random ior = Acc(set) -
-    Acc(random), a = (ior - hlr) / 2, label-robust score lrs = (e^a - 1/e) / (e - 1/e).
+    Acc(random), a = (ior - hlr) / 2, label-robust score lrs = (e^a - 1/e) / (e - 1/e). Of two variants of hard labels
+    the better one counts, with live and with averaged weights by themselves.
     """
-    gap = _difference(rows, "upper_bound", better.get("hard"))
-    gain = _difference(rows, "set", "random")
+    gap = _difference(rows, "upper_bound", hard)
+    gain = _difference(rows, "set", ("random",))
     scores = {"hlr": gap, "ior": gain}
     if gap and gain:
         scores["lrs"] = {name: _squash((gain[name] - gap[name]) / 2) for name in WEIGHTS}
     return {score: {name: round(by[name], 4) for name in WEIGHTS} for score, by in scores.items() if by}
 
 
-def _difference(rows: dict[str, list[Outcome]], row: str, minus: str | None) -> dict[str, float] | None:
-    if row not in rows or minus not in rows:
+def _difference(rows: dict[str, list[Outcome]], row: str, minus: tuple[str, ...]) -> dict[str, float] | None:
+    others = [rows[other] for other in minus if other in rows]
+    if row not in rows or not others:
         return None
-    return {name: _mean(rows[row], name) - _mean(rows[minus], name) for name in WEIGHTS}
+    return {name: _mean(rows[row], name) - max(_mean(part, name) for part in others) for name in WEIGHTS}
 
 
 def _squash(alpha: float) -> float:

@@ -48,6 +48,8 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
                 "write augment: set, or labels: online"
             )
+        if each.teachers and each.labels != "online":
+            yield f"evaluation.teachers: none labels with labels: {each.labels}; write labels: online, or teachers: []"
         if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
             yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
 

@@ -20,7 +20,7 @@ from .condensed import CondensedSet
 from .errors import InputError, naming
 from .lessons import Lessons, Trial
 from .networks import Network
-from .protocol import Evaluation, named_students, of_student
+from .protocol import Evaluation, in_use, named_students, of_student
 from .realset import RealSet
 from .recipe import Recipe
 from .results import ROWS
@@ -237,7 +237,7 @@ class Bench:
             **about,
             views=views.VERSION,
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
-            section=section.model_dump(mode="json", exclude=_NOT_OF_ONE | later),
+            section=in_use(section).model_dump(mode="json", exclude=_NOT_OF_ONE | later),
             teachers=[*self.teachers.fingerprints, self.teachers.of_batches] if section.labels == "online" else None,
             real=self.real.fingerprint if row.images in ("real", "whole") else None,
             test=[self.judged_on.fingerprint, self.comparison.split],

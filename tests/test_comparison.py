@@ -11,7 +11,10 @@ from helpers_evaluation import STUDENT
 
 from edc_hub import CondensedSet, comparison, documents, keys, recipes
 from edc_hub.errors import InputError
-from edc_hub.protocol import Evaluation, of_student
+from edc_hub.protocol import Evaluation, Student, of_student, student_name
+
+
+OWN = "edc (batch 4, epochs 2, ema decay 0.5, rand_augment 0)"
 
 
 @pytest.fixture
@@ -75,11 +78,11 @@ def test_a_protocol_s_values_are_those_of_the_set_s_name_and_ipc(copied):
 
 def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
     protocol = lambda *argv: ask(*argv).protocol  # noqa: E731
-    assert protocol() == "edc (batch 4, epochs 2, ema decay 0.5)"
+    assert protocol() == OWN  # which names how its labels were made, too
     assert protocol("--evaluation.protocol", "dc") == "dc"
     assert protocol(
         "--evaluation.protocol", "rd3", "--evaluation.labels", "stored", "--evaluation.augment", "set"
-    ) == ("rd3 (labels stored, augment set, 3 label epochs, labels of 2 networks)")
+    ) == ("rd3 (labels stored, augment set, 3 label epochs, rand_augment 0, labels of 2 networks)")
     assert (
         protocol("--evaluation.protocol", "rded", "--evaluation.view.flip", "false")
         == "rded (view flip False, labels of 2 networks)"
@@ -92,12 +95,40 @@ def test_the_name_of_a_row_shows_every_deviation_from_the_preset(ask):
         assert protocol("--evaluation.protocol", "dc", f"--evaluation.{key}", value) == f"dc ({key} {value})"
 
 
+def test_the_name_of_a_row_leaves_out_what_nothing_reads(ask):
+    line = ("--evaluation.protocol", "rded", "--evaluation.schedule", "linear")
+    for key, value, shown in (
+        ("temperature", 3, "temperature 3.0, schedule linear"),  # of kl, its loss
+        ("zeta", 9, "schedule linear, zeta 9.0"),
+        ("milestones", "0.1,0.2", "schedule linear"),
+        ("gamma", 0.1, "schedule linear"),
+        ("shuffled", "batches", "schedule linear"),  # of stored labels
+    ):
+        assert ask(*line, f"--evaluation.{key}", value).protocol == f"rded ({shown}, labels of 2 networks)"
+
+
+def test_the_name_of_a_row_shows_labels_that_its_method_makes_otherwise(copied):
+    made = {"rand_augment": 2, "observer_mode": "batch", "crop_area": [0.9, 1.0]}
+    folder = copied(recipe={"relabel": made, "evaluation": {"epochs": 3}})
+    name = comparison.parse(["--dataset", str(folder)]).protocol
+    assert name == "edc (batch 4, epochs 3, ema decay 0.5, crop_area [0.9, 1.0], observer_mode batch)"
+
+
+def test_a_student_with_arguments_and_no_name_is_not_called_like_the_plain_one():
+    args = {"depth": 2, "norm": "batch norm"}
+    assert [student_name(Student(arch="convnet", args=args)), student_name(Student(arch="convnet"))] == [
+        "convnet-depth2-normbatch-norm",
+        "convnet",
+    ]
+    assert student_name(Student(name="mine", arch="convnet", args=args)) == "mine"
+
+
 @pytest.mark.parametrize("codec, said", [("int8", "int8 labels"), ("top_k", "top 10 labels"), ("dense", None)])
 def test_labels_that_lost_something_show_in_the_name_of_a_row(copied, codec, said):
     soft = json.loads((copied() / "manifest.json").read_text())["soft_labels"]
     folder = copied("other", manifest={"soft_labels": {**soft, "codec": codec}})
     named = f", {said}" if said else ""
-    assert comparison.parse(["--dataset", str(folder)]).protocol == f"edc (batch 4, epochs 2, ema decay 0.5{named})"
+    assert comparison.parse(["--dataset", str(folder)]).protocol == OWN[:-1] + f"{named})"
     hard = comparison.parse(["--dataset", str(folder), "--evaluation.protocol", "dc"])
     assert hard.protocol == "dc"  # which reads none of them
 
@@ -209,6 +240,10 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
             "mse_ce does not go with labels: hard; write loss: ce, or labels: stored",
         ),
         ("--evaluation.augment own", "evaluation.augment: own, but stored labels are those of the set's own views"),
+        (
+            '--evaluation.teachers [{"name":"a","arch":"resnet18","weights":"W"}]',
+            "evaluation.teachers: none labels with labels: stored",
+        ),
         ("--evaluation.batch 1", "evaluation.batch: expected at least 2, got 1"),
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),
         (

@@ -171,7 +171,7 @@ def test_results_curves_and_the_card_s_table_lie_in_the_run_and_in_every_dataset
         assert PIL.Image.open(folder / "assets/curves.png").format == "PNG"
         card = (folder / "README.md").read_text()
         section = card.split("<!-- results -->")[1].split("<!-- /results -->")[0]
-        assert "edc (batch 4, epochs 2, ema decay 0.5)" in section and "margin over (i)" in section
+        assert "edc (batch 4, epochs 2, ema decay 0.5, rand_augment 0)" in section and "margin over (i)" in section
         assert "**wide**" in section and "of the last epoch" in section and "| n |" in section
     assert (toy_run / "evaluation/curves.png").is_file() and str(toy_run) not in text
 

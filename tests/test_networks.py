@@ -338,6 +338,7 @@ def test_an_identity_tells_model_types_apart_and_leaves_other_names_alone():
         ("transformers/vit", {"args": {"patchsize": 4}}, "has no patchsize"),
         ("transformers/vit", {"args": {"hidden_size": "wide"}}, "hidden_size"),
         ("transformers/bert", {}, "give a model type"),
+        ("transformers/timm_wrapper", {}, "args: {architecture: resnet18}"),
         ("transformers/timm_wrapper", {"args": {"architecture": "rsnet18"}}, "rsnet18"),
     ],
 )

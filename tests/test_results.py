@@ -46,7 +46,7 @@ def about(**other) -> dict:
     return {
         "set": {**made, "seeds": [0], "fingerprints": ["f" * 16]},
         "protocol": "edc (epochs 200)",
-        "evaluation": {"epochs": 200},
+        "evaluation": {"labels": "stored", "ema": {"decay": 0.99}, "per_student": {}},
         "split": "test",
         "test": {**test, "images": 10_000, "transform": "shorter side 32", "split": "test", "own": True},
         "published_as": {name: name for name in ("resnet18", "convnet")},
@@ -147,6 +147,27 @@ def test_scores_are_those_of_dd_ranking_with_the_better_hard_labels():
     assert own["dd_ranking"]["ior"]["live"] == pytest.approx(gain, abs=1e-4)
     assert own["dd_ranking"]["lrs"]["live"] == pytest.approx(score, abs=1e-4)
     assert own["dd_ranking"]["lrs"]["ema"] == own["dd_ranking"]["lrs"]["live"]  # all EMA figures lie one point higher
+
+
+def test_scores_take_the_better_hard_labels_of_each_weights():
+    figures = {"hard_mixed": (0.4, 0.1), "hard_unmixed": (0.3, 0.2), "upper_bound": (0.9, 0.9)}
+    outcomes = [Outcome(row, "r", 0, 0, 0, live, ema, 9, 1.0) for row, (live, ema) in figures.items()]
+    assert results.summarise(outcomes, about())["students"]["r"]["dd_ranking"]["hlr"] == {"live": 0.5, "ema": 0.7}
+
+
+def test_the_row_of_a_protocol_of_hard_labels_is_that_of_the_scores():
+    protocol = {**about()["evaluation"], "labels": "hard"}
+    outcomes = [*trained("set", 0.5, seeds=1), *trained("random", 0.4, seeds=1), *trained("upper_bound", 0.9, seeds=1)]
+    scores = results.summarise(outcomes, about(evaluation=protocol))["students"]["resnet18"]["dd_ranking"]
+    assert scores["hlr"]["live"] == 0.4 and set(scores) == {"hlr", "ior", "lrs"}
+
+
+def test_without_an_average_there_is_no_figure_of_one():
+    protocol = {**about()["evaluation"], "ema": {"decay": 0.0}}
+    plain = results.summarise([*trained("set", 0.5), *trained("initial", 0.4)], about(evaluation=protocol))
+    for shown in (report.table(plain), report.markdown(plain)):
+        for title in ("condensed set", "margin over (i)"):
+            assert "-" in row_of(shown, title).replace("|", " ").replace("*", "").split()
 
 
 def test_scores_are_left_out_where_their_ingredients_are_missing():
