@@ -169,7 +169,9 @@ def kept(text: str, old: str) -> str:
     if data["license"] == "unknown":
         data |= license
     methods = {*recipes.methods(), "relabel"}  # a set of another method or size was here
-    tags = [tag for tag in added.get("tags") or [] if tag not in methods and not re.fullmatch(r"ipc-\d+", str(tag))]
+    tags = added.get("tags") or []
+    tags = map(str, tags if isinstance(tags, list) else [tags])  # as a person may write them
+    tags = [tag for tag in tags if tag not in methods and not re.fullmatch(r"ipc-\d+", tag)]
     data["tags"] = list(dict.fromkeys([*data["tags"], *tags]))
     data |= {name: value for name, value in added.items() if name not in data}
     sections, known = _sections(new.text), set(_sections(TEMPLATE.read_text(encoding="utf-8")))
@@ -187,10 +189,13 @@ def kept(text: str, old: str) -> str:
 def _sections(text: str) -> dict[str, str]:
     """The parts of a Markdown text by their `## ` headings, heading included; what stands before the first by ''."""
     parts: dict[str, str] = {"": ""}
-    name, fenced = "", False
+    name, fence = "", ""
     for line in text.splitlines(keepends=True):
-        fenced ^= line.startswith("```")
-        if line.startswith("## ") and not fenced:
+        if fence:  # closed by at least as many of its characters
+            fence = "" if re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*\s*", line) else fence
+        elif opened := re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", line):
+            fence = opened[1]
+        elif line.startswith("## "):
             name = line.strip()
         parts[name] = parts.get(name, "") + line
     return parts
