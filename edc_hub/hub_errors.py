@@ -147,8 +147,6 @@ def _reading(error: Exception, id: str, words: str) -> str | None:
 def _writing(error: Exception, id: str) -> str | None:
     code, endpoint = status(error), constants.ENDPOINT
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
-    if isinstance(error, HFValidationError):
-        return f"hub.id: {id} is no name of a repository; write ORG/NAME ({first_line(error)})"
     if _lacks_xet(error) and endpoint != constants._HF_DEFAULT_ENDPOINT:
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):

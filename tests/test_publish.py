@@ -268,6 +268,9 @@ def test_wrong_words_are_answered_in_one_line(publish, dataset):
     for argv, said in (
         ([dataset], "expected RUN and ORG/NAME"),
         ([dataset, "nameonly"], "write ORG/NAME"),
+        ([dataset, "org/a--b"], "'org/a--b' is no name of a repository; write ORG/NAME (Cannot have --"),
+        ([dataset, "../x"], "'../x' is no name of a repository"),
+        ([dataset, "org/a", "--observers", "org/b.git"], "'org/b.git' is no name of a repository"),
         ([dataset, "org/name", "--tag", "1.0"], "--tag v1.0.0"),
         ([dataset, "org/name", "--tags", "v1.0.0"], "did you mean 'tag'"),
         (["/nowhere/at/all", "org/name"], "no folder"),
