@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -56,6 +57,14 @@ class Comparison(Section):
     @property
     def precision(self) -> str:
         return self.evaluation.precision
+
+    @property
+    def called(self) -> str:
+        """The name of the first set: that of its run, else of its folder; its id on the Hub."""
+        folder = Path(os.path.abspath(disk.local(self.dataset[0], "dataset")))
+        if not folder.is_dir():
+            return self.dataset[0]
+        return folder.parent.name if folder.name == "dataset" else folder.name
 
 
 class _Typed(Comparison):

@@ -46,7 +46,7 @@ main = launch.entry(command)
 def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     """Where results go, and where students are kept: beside the run that made the set, else under runs/."""
     run = first.run
-    name = f"{Path(asked.dataset[0]).absolute().name}-{first.manifest['fingerprint'][:8]}"  # many are called alike
+    name = f"{Path(asked.called).name}-{first.manifest['fingerprint'][:8]}"  # many are called alike
     own = run / "evaluation" if run else Path("runs") / f"{name}-evaluation"
     if run and first.manifest["control"]:
         own /= first.manifest["control"]  # beside the results of the run's set

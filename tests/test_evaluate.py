@@ -720,6 +720,17 @@ def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run
     assert mixed["hardware"]["device"] == "CPU, TPU" and mixed["versions"]["timm"] == here["versions"]["timm"]
 
 
+def test_students_whose_machine_was_not_kept_are_not_said_to_be_of_this_one(toy_run, session):
+    about = told(toy_run, session, facts=[{}, trials.machine(session)])
+    assert told(toy_run, session)["versions"]["torch"] == "unknown" and "unknown" in str(about["hardware"]["threads"])
+
+
+def test_a_set_is_called_by_its_run_whichever_of_its_folders_is_named(toy_run, session, monkeypatch):
+    assert {told(place, session)["set"]["id"] for place in (toy_run, toy_run / "dataset")} == {toy_run.name}
+    monkeypatch.chdir(toy_run / "dataset")
+    assert told(".", session)["set"]["id"] == toy_run.name
+
+
 def test_controls_are_looked_up_once_for_all_students(toy_run, session, monkeypatch):
     asked, find = [], controls.find
     monkeypatch.setattr(controls, "find", lambda *given: asked.append(given[1]) or find(*given))
