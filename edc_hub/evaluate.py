@@ -73,7 +73,7 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         print(report.table(found), flush=True)
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
-            own = [place for place in map(record.own_folder, parsed.sets) if place]
+            own = [each.run / "dataset" for each in parsed.sets if each.run and not each.manifest["control"]]
             places += [place for place in own if record.replaces(found, place, session)]
         for place in places[1:]:
             with disk.turn(place.parent):

@@ -8,7 +8,6 @@ from torch import Tensor
 from . import card, disk, documents, recipes, report, results
 from .accuracy import top1
 from .comparison import Comparison, Parsed
-from .condensed import CondensedSet
 from .protocol import Evaluation
 from .realset import RealSet
 from .recipe import Recipe
@@ -106,11 +105,6 @@ def _portable(section: Evaluation, recipe: Recipe) -> dict[str, Any]:
     return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
 
 
-def own_folder(condensed: CondensedSet) -> Path | None:
-    """The dataset folder of the run that made the set; a control's results are none of the run's set."""
-    return condensed.run / "dataset" if condensed.run and not condensed.manifest["control"] else None
-
-
 def replaces(found: dict[str, Any], folder: Path, session: Session) -> bool:
     """Whether results go into a dataset folder: those on the set's own test images, and not in the place of another
     protocol's, as those of `rd3 (epochs 5)` are not `rd3`'s, nor of more students'. Those of the set's own protocol
@@ -156,5 +150,4 @@ def write(found: dict[str, Any], picture: bytes, folder: Path) -> None:
     place = (folder / "assets" if is_set else folder) / "curves.png"
     disk.write_atomically(place, lambda path: path.write_bytes(picture))
     if is_set and readme.is_file():
-        text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
-        disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_text(readme, card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found)))

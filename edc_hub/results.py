@@ -106,8 +106,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     place = folder / "results.json"
     old = disk.json_of(place)
     results = {**{key: old[key] for key in ("prefixes",) if key in old}, **results}
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    disk.write_atomically(place, lambda path: path.write_text(text, "utf-8"))
+    disk.write_text(place, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def _row(part: list[Outcome]) -> dict[str, Any]:
