@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from edc_hub import recipes
+from edc_hub import card, recipes
 from edc_hub.recipe import Recipe
 from edc_hub.selection import selected
 
@@ -17,15 +17,7 @@ LARGE, SMALL, IPC = "imagenet1k", "cifar10", 10
 """The data sets whose values are shown, the second where it differs, and images a class."""
 
 ROOT = Path(__file__).parent.parent
-_BEGIN, _END = "<!-- matrix: python benchmarks/matrix.py -->", "<!-- /matrix -->"
 Cell = Callable[[Recipe], str]
-
-
-def written(text: str, tables: list[dict[str, Cell]]) -> str:
-    """A file's text with these tables between its marks."""
-    before, begin, rest = text.partition(f"{_BEGIN}\n")
-    _, end, after = rest.partition(f"\n{_END}")
-    return f"{before}{begin}{markdown(tables)}{end}{after}"
 
 
 def markdown(tables: list[dict[str, Cell]]) -> str:
@@ -71,17 +63,9 @@ def _observers(recipe: Recipe) -> str:
     return f"{count}{drawn}{f', {section.together} a step' * (section.together > 1)}"
 
 
-def _layers(recipe: Recipe) -> str:
-    return ", ".join(recipe.synthesize.layers)
-
-
 def _classes(recipe: Recipe) -> str:
     section = recipe.synthesize
     return "none" if section.alpha == 1 else f"{1 - section.alpha:g} {section.class_scope.replace('_', ' ')}"
-
-
-def _order(recipe: Recipe) -> str:
-    return recipe.synthesize.block_order.replace("_", " ")
 
 
 def _crop(recipe: Recipe) -> str:
@@ -141,7 +125,9 @@ def _key(key: str) -> Cell:
 
     def cell(recipe: Recipe) -> str:
         value: Any = attrgetter(key)(recipe)
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list):
+            return ", ".join(value)
+        return f"{value:g}" if isinstance(value, float) else str(value).replace("_", " ")
 
     return cell
 
@@ -151,14 +137,14 @@ _IMAGES: dict[str, Cell] = {
     "iterations": _key("synthesize.iterations"),
     "observers matched": _optimised(_observers),
     "lr": _optimised(_key("synthesize.lr")),
-    "layers": _optimised(_layers),
+    "layers": _optimised(_key("synthesize.layers")),
     "their weight": _optimised(_key("synthesize.weight")),
     "their average": _optimised(_key("synthesize.ema")),
     "conv dropped": _optimised(_key("synthesize.drop_rate")),
     "class form": _optimised(_classes),
     "variance": _optimised(_key("moments.target")),
     "block": _optimised(_key("synthesize.block")),
-    "block order": _optimised(_order),
+    "block order": _optimised(_key("synthesize.block_order")),
     "crop": _optimised(_crop),
     "jitter": _optimised(_key("synthesize.jitter")),
     "flatness": _optimised(_flatness),
@@ -193,4 +179,4 @@ PLACES: dict[Path, list[dict[str, Cell]]] = {
 
 if __name__ == "__main__":
     for place, tables in PLACES.items():
-        place.write_text(written(place.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        place.write_text(card.filled(place.read_text("utf-8"), "matrix", markdown(tables)), "utf-8")

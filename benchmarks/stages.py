@@ -44,10 +44,7 @@ Step = Callable[[], None]
 
 def build(name: str) -> Network:
     """An observer with random weights, and BatchNorm buffers that fit: what a step costs does not depend on more."""
-    given, source = NETWORKS[name], SETUP.source
-    network = networks.build(
-        given.arch, CLASSES, args=given.args, image_size=source.size, mean=source.mean, std=source.std, seed=0
-    )
+    network = networks.described(NETWORKS[name], CLASSES, seed=0, **SETUP.source.face)
     with torch.no_grad():
         for _ in range(10):
             network.train()(images(16) / 255)

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.utils import make_grid
 
 from . import codecs, recipes, results, snippets, terms
 from .errors import InputError
@@ -142,19 +143,19 @@ def with_results(text: str, markdown: str) -> str:
 
 
 def filled(text: str, name: str, markdown: str) -> str:
-    """The card `text` with `markdown` between the marks of one of MEASURED; as it is where it has no such marks."""
-    if marked(text, name) is None:
-        return text
-    before, begin, rest = text.partition(f"<!-- {name} -->")
-    _, end, after = rest.partition(f"<!-- /{name} -->")
-    return f"{before}{begin}\n{markdown.strip()}\n{end}{after}"
+    """`text` with `markdown` between the marks of `name`; as it is where it has no such marks."""
+    return _between(name).sub(lambda marks: f"{marks[1]}\n{markdown.strip()}\n{marks[3]}", text, 1)
 
 
 def marked(text: str, name: str) -> str | None:
     """What stands between two marks; None without marks."""
-    _, begin, rest = text.partition(f"<!-- {name} -->")
-    inside, end, _ = rest.partition(f"<!-- /{name} -->")
-    return inside.strip() if begin and end else None
+    found = _between(name).search(text)
+    return found[2].strip() if found else None
+
+
+def _between(name: str) -> re.Pattern:
+    """What stands between two marks, and they; the first may say behind a colon what fills it."""
+    return re.compile(rf"(<!-- {name}(?:: [^\n>]*)? -->)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
 def kept(text: str, old: str) -> str:
@@ -169,7 +170,9 @@ def kept(text: str, old: str) -> str:
     if data["license"] == "unknown":
         data |= license
     methods = {*recipes.methods(), "relabel"}  # a set of another method or size was here
-    tags = [tag for tag in added.get("tags") or [] if tag not in methods and not re.fullmatch(r"ipc-\d+", str(tag))]
+    tags = added.get("tags") or []
+    tags = map(str, tags if isinstance(tags, list) else [tags])  # as a person may write them
+    tags = [tag for tag in tags if tag not in methods and not re.fullmatch(r"ipc-\d+", tag)]
     data["tags"] = list(dict.fromkeys([*data["tags"], *tags]))
     data |= {name: value for name, value in added.items() if name not in data}
     sections, known = _sections(new.text), set(_sections(TEMPLATE.read_text(encoding="utf-8")))
@@ -187,10 +190,13 @@ def kept(text: str, old: str) -> str:
 def _sections(text: str) -> dict[str, str]:
     """The parts of a Markdown text by their `## ` headings, heading included; what stands before the first by ''."""
     parts: dict[str, str] = {"": ""}
-    name, fenced = "", False
+    name, fence = "", ""
     for line in text.splitlines(keepends=True):
-        fenced ^= line.startswith("```")
-        if line.startswith("## ") and not fenced:
+        if fence:  # closed by at least as many of its characters
+            fence = "" if re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*\s*", line) else fence
+        elif opened := re.match(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})", line):
+            fence = opened[1]
+        elif line.startswith("## "):
             name = line.strip()
         parts[name] = parts.get(name, "") + line
     return parts
@@ -276,12 +282,10 @@ def grid(pictures: list[Tensor], shape: tuple[int, int], path: Path) -> None:
 
     Each entry is uint8 (rows * columns, 3, s, s), in the order of `grid_rows`.
     """
-    (rows, columns), size = shape, pictures[0].shape[-1]
+    size = pictures[0].shape[-1]
     if size < 64:
         pictures = [interpolate(x, scale_factor=-(-64 // size), mode="nearest") for x in pictures]
     elif size > 128:
         pictures = [interpolate(x.float(), size=(112, 112), mode="area").round().to(torch.uint8) for x in pictures]
-    tile = torch.nn.functional.pad(torch.cat(pictures, 3), (4, 4, 4, 4), value=255)
-    tile = tile.view(rows, columns, *tile.shape[1:])
-    sheet = tile.permute(0, 3, 1, 4, 2).reshape(rows * tile.shape[3], columns * tile.shape[4], 3)
-    Image.fromarray(sheet.numpy()).save(path, "PNG", optimize=True)
+    sheet = make_grid(torch.cat(pictures, 3), shape[1], padding=8, pad_value=255)[:, 4:-4, 4:-4]
+    Image.fromarray(sheet.permute(1, 2, 0).numpy()).save(path, "PNG", optimize=True)

@@ -15,8 +15,8 @@ from huggingface_hub.utils import get_session
 
 from . import __version__, launch
 from .errors import InputError
+from .hub_errors import writable
 from .recipe import Recipe
-from .tokens import writable
 
 
 ROOM = 2 * 10**9  # bytes below which none but the smallest runs end

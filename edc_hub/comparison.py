@@ -4,6 +4,7 @@ Nothing here imports torch.
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field
@@ -58,6 +59,14 @@ class Comparison(Section):
     def precision(self) -> str:
         return self.evaluation.precision
 
+    @property
+    def called(self) -> str:
+        """The name of the first set: that of its run, else of its folder; its id on the Hub."""
+        folder = Path(os.path.abspath(disk.local(self.dataset[0], "dataset")))
+        if not folder.is_dir():
+            return self.dataset[0]
+        return folder.parent.name if folder.name == "dataset" else folder.name
+
 
 class _Typed(Comparison):
     """What a command line may say."""
@@ -98,12 +107,9 @@ def resolve(given: dict[str, Any]) -> Parsed:
     asked = keys.validated(Comparison, given)
     if not asked.dataset:
         raise InputError("dataset: none given; write --dataset FOLDER or --dataset ORG/NAME")
-    folders = [place for place in asked.dataset if disk.local(place, "dataset").is_dir()]
-    if asked.revision and folders:
-        raise InputError(f"revision: {folders[0]} is a folder, and only sets on the Hub have revisions; remove it")
     from .condensed import CondensedSet
 
-    sets = [CondensedSet.load(_folder(place), revision=asked.revision) for place in asked.dataset]
+    sets = [CondensedSet.load(place, revision=asked.revision) for place in asked.dataset]
     for place, condensed in zip(asked.dataset, sets, strict=True):
         _refuse_strange_run(place, condensed)
     _refuse_different(sets, asked.dataset)
@@ -124,18 +130,6 @@ def _usage() -> str:
         "A value is YAML: 2e-5, true, null, [0.5, 1.0]; a list may be written a,b."
     )
     return arguments.usage(head, _Typed, _FLAGS)
-
-
-def _folder(place: str) -> str:
-    """A finished run's dataset folder where the run is named. InputError for a run without one."""
-    run = disk.local(place, "dataset")
-    if not run.is_dir():
-        return place
-    if (run / "recipe.yaml").is_file() and not (run / "manifest.json").is_file():  # a run, not a dataset folder
-        if not (run / "dataset/manifest.json").is_file():
-            raise InputError(f"dataset: no finished set in run {place}; edc-hub condense {run}/recipe.yaml goes on")
-        run = run / "dataset"
-    return os.path.abspath(run)  # the run is found by the folder's parents, which '.' has not
 
 
 def _refuse_strange_run(place: str, condensed: "CondensedSet") -> None:

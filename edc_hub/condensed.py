@@ -1,7 +1,6 @@
 """`CondensedSet`: a condensed set as its readers have it, from a dataset folder or the Hub."""
 
 import json
-import os
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
-from . import canvas, codecs, documents, encoding, manifest, randaugment, remote, tables, views
+from . import canvas, codecs, disk, documents, encoding, manifest, randaugment, remote, tables, views
 from .errors import InputError
 from .recipe import Relabel
 from .remote import Parquet
@@ -45,7 +44,7 @@ class CondensedSet:
     def load(
         cls, folder_or_id: str | Path, *, revision: str | None = None, streaming: bool = False, full: bool = False
     ) -> "CondensedSet":
-        """Opens a dataset folder of a finished run, or a set on the Hub; images and labels are read when asked for.
+        """Opens a finished run, its dataset folder or a set on the Hub; images and labels are read when asked for.
 
         Args: revision: tag, branch or commit on the Hub; streaming: of a set on the Hub, `views(epoch)` downloads
         the row groups of that epoch and keeps none; full: views and labels are those of `soft_labels_full`, all label
@@ -53,28 +52,22 @@ class CondensedSet:
         Errors: InputError for a place without a finished set, for a format that this version does not know, for the
         revision of a folder, and where `full` asks for what the set has not.
         """
-        place = os.path.expanduser(folder_or_id)
-        if os.path.isdir(place):
-            if revision:
-                raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")
-            folder = Path(os.path.abspath(place))  # a run is looked for above it
-            fetch, streaming = lambda _: folder, False
-        else:
+        place = str(folder_or_id)
+        folder = disk.local(place, "dataset")
+        if not (local := folder.is_dir()):
             folder = remote.fetch(place, revision, "manifest.json")
-            fetch = partial(remote.fetch, place, folder.name)  # named by its commit: the rest comes from the same one
-        path = folder / "manifest.json"
-        if not path.is_file():
-            inside = Path(place) / "dataset"
-            finished = (inside / "manifest.json").is_file()
-            hint = f"give {inside}" if finished else "give the dataset folder of a finished run"
-            raise InputError(f"{place}: no condensed set here, manifest.json is missing; {hint}")
-        facts, config = manifest.read(path, place), "soft_labels"
+        elif revision:
+            raise InputError(f"revision: {place} is a folder, and only sets on the Hub have revisions; remove it")
+        folder = manifest.folder_of(folder, place)
+        # a snapshot is named by its commit: the rest comes from the same one
+        fetch = (lambda _: folder) if local else partial(remote.fetch, place, folder.name)
+        facts, config = manifest.read(folder / "manifest.json", place), "soft_labels"
         if full:
             config, soft = "soft_labels_full", facts["soft_labels"]
             if "full_epochs" not in soft:
                 raise InputError(f"{place}: it has no soft_labels_full; leave out full, or make it with relabel.full")
             facts["soft_labels"] = {**soft, **codecs.facts(Relabel()), "epochs": soft["full_epochs"]}
-        return cls(facts, fetch, partial(Parquet, place, folder.name) if streaming else None, config)
+        return cls(facts, fetch, partial(Parquet, place, folder.name) if streaming and not local else None, config)
 
     def __repr__(self) -> str:
         count, size = self.manifest["images"]["count"], self.manifest["images"]["size"]
@@ -116,12 +109,7 @@ class CondensedSet:
     @cached_property
     def run(self) -> Path | None:
         """The run folder that this set lies in, where it is one's own; None for a set on its own."""
-        folder = self._fetch("manifest.json")  # RUN/dataset, RUN/controls/initial, RUN/controls/random/0
-        above = {None: 0, "initial": 1, "random": 2}[self.manifest["control"]]
-        if len(folder.parents) <= above:
-            return None
-        run = folder.parents[above]
-        return run if (run / "recipe.yaml").is_file() and (run / "dataset").is_dir() else None
+        return manifest.run_of(self._fetch("manifest.json"), self.manifest["control"])
 
     @cached_property
     def _rows(self) -> pa.Table:
@@ -237,7 +225,7 @@ class CondensedSet:
         ORG/NAME, where the observers of the set's run are to be published too, each as `ORG/NAME-<observer>`.
         Errors: InputError where the Hub refuses, and for a tag that holds other content.
         """
-        from . import pushing
+        from . import publish
 
         folder = self._fetch("*")  # all of it, where it came from the Hub
-        return pushing.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag
+        return publish.push(folder, repo_id, tag=tag, private=private, observers=observers)[-1][1].tag

@@ -50,7 +50,7 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
     from . import manifest as manifests
 
     texts = {path: _file(folder, path) for path in ("README.md", "manifest.json", "recipe.yaml")}
-    manifest = manifests.parsed(texts["manifest.json"].content, folder / "manifest.json", str(folder))
+    manifest = manifests.read(folder / "manifest.json", content=texts["manifest.json"].content)
     data = {path: _file(folder, path) for path in manifest["files"]}
     wrong = [path for path, file in data.items() if file.sha256 != manifest["files"][path]["sha256"]]
     if texts["recipe.yaml"].sha256 != manifest["recipe_sha256"]:

@@ -4,34 +4,27 @@ A set on the Hub carries the rows of the real set that its images started from, 
 observers where those are published. The labels of a control are then those that the run gave it.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import canvas, pictures, recipes, source
 from .condensed import CondensedSet
 from .initialize import Initial
 from .protocol import Evaluation
-from .realset import RealSet
-from .recipe import Source
 from .teachers import Teachers
-from .work import Session
+
+
+if TYPE_CHECKING:
+    from .trials import Bench
 
 
 _NO_REAL_ONES = "the images start from no real ones"
 
 
-def find(
-    condensed: CondensedSet,
-    kind: str,
-    real: Callable[[], RealSet],
-    section: Source,
-    session: Session,
-    folder: Path,
-) -> tuple[list[CondensedSet], str]:
+def find(condensed: CondensedSet, kind: str, bench: "Bench") -> tuple[list[CondensedSet], str]:
     """The sets of control `kind` (`initial` or `random`), or none and why.
 
-    Those of the run beside the set, or made below `folder` by all processes. Args: real: reads the training split that
-    the set is of, as `section` has it; asked only where controls are made.
+    Those of the run beside the set, or made below the folder of `bench` by all processes; only then is its real set
+    read.
     """
     if condensed.run is not None:
         if kind == "initial" and condensed.manifest.get("origin"):
@@ -43,16 +36,16 @@ def find(
         if len(found) < wanted:
             return [], f"{len(found)} of {wanted} are there: the run is not finished, its command goes on with it"
         return found, "the run wrote none (relabel.controls)"
-    reason = _why_not(condensed, kind, real, section)
-    return ([], reason) if reason else (_make(condensed, kind, real(), section, session, folder), "")
+    reason = _why_not(condensed, kind, bench)
+    return ([], reason) if reason else (_make(condensed, kind, bench), "")
 
 
-def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], RealSet], section: Source) -> str | None:
+def _why_not(condensed: CondensedSet, kind: str, bench: "Bench") -> str | None:
     """Why a control cannot be made of this set; None where it can."""
     made = condensed.manifest
     if condensed.published_observers is None:
         return "it lies beside the run that made the set, and the observers are not published"
-    if other := other_images(condensed, real, section):
+    if other := other_images(condensed, bench):
         return other
     if kind == "random":
         return None
@@ -63,28 +56,25 @@ def _why_not(condensed: CondensedSet, kind: str, real: Callable[[], RealSet], se
     return None
 
 
-def other_images(condensed: CondensedSet, real: Callable[[], RealSet], section: Source) -> str | None:
+def other_images(condensed: CondensedSet, bench: "Bench") -> str | None:
     """What is wrong where the real set here is not the one that this set was condensed from; else None."""
-    size = condensed.source_size
-    then = real() if section.size == size else source.load(section.model_copy(update={"size": size}))
+    size, section = condensed.source_size, bench.source
+    then = bench.real if section.size == size else source.load(section.model_copy(update={"size": size}))
     if condensed.manifest["source"]["fingerprint"] == then.fingerprint:
         return None
     return f"{then.id} has other images here than the set was condensed from"
 
 
-def _make(
-    condensed: CondensedSet, kind: str, real: RealSet, section: Source, session: Session, folder: Path
-) -> list[CondensedSet]:
-    """The sets of a control below `folder`, labelled where they are not there."""
-    recipe, watching, session = Teachers(condensed, Evaluation(), section, session).labellers()
-    rows = condensed.source_rows
-    images = condensed.images
+def _make(condensed: CondensedSet, kind: str, bench: "Bench") -> list[CondensedSet]:
+    """The sets of a control, labelled where they are not there."""
+    recipe, watching, session = Teachers(condensed, Evaluation(), bench.source, bench.session).labellers()
+    rows, images = condensed.source_rows, condensed.images
     if kind == "initial":
-        images = canvas.compose(real.images(rows.flatten().long()), condensed.grid)
+        images = canvas.compose(bench.real.images(rows.flatten().long()), condensed.grid)
     initial = Initial(images, rows, "")
-    found = []
-    for each in pictures.controls(recipe, real, initial, folder, epochs=condensed.epochs):
+    folder, found = bench.folder / "controls" / condensed.manifest["fingerprint"], []
+    for each in pictures.controls(recipe, bench.real, initial, folder, epochs=condensed.epochs):
         if each.control == kind:
-            pictures.label_and_write(recipe, real, watching, each, session)
+            pictures.label_and_write(recipe, bench.real, watching, each, session)
             found.append(CondensedSet.load(each.place))
     return found

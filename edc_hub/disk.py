@@ -64,6 +64,11 @@ def write_atomically(path: Path, write: Callable[[Path], None], key: str = "outp
             pass  # a read-only disk, reported above
 
 
+def write_text(path: Path, text: str) -> None:
+    """The same of a text, in UTF-8."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def json_of(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty where it is missing or damaged: what is measured is never lost to it."""
     try:

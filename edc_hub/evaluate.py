@@ -46,7 +46,7 @@ main = launch.entry(command)
 def places(asked: Comparison, first: "CondensedSet") -> tuple[Path, Path]:
     """Where results go, and where students are kept: beside the run that made the set, else under runs/."""
     run = first.run
-    name = f"{Path(asked.dataset[0]).absolute().name}-{first.manifest['fingerprint'][:8]}"  # many are called alike
+    name = f"{Path(asked.called).name}-{first.manifest['fingerprint'][:8]}"  # many are called alike
     own = run / "evaluation" if run else Path("runs") / f"{name}-evaluation"
     if run and first.manifest["control"]:
         own /= first.manifest["control"]  # beside the results of the run's set
@@ -73,7 +73,7 @@ def evaluate(parsed: Parsed, folder: Path, session: "Session") -> dict[str, Any]
         print(report.table(found), flush=True)
         places = [folder]
         if asked.split == "test":  # what is measured for a choice is no result of the set
-            own = [place for place in map(record.own_folder, parsed.sets) if place]
+            own = [each.run / "dataset" for each in parsed.sets if each.run and not each.manifest["control"]]
             places += [place for place in own if record.replaces(found, place, session)]
         for place in places[1:]:
             with disk.turn(place.parent):

@@ -1,6 +1,7 @@
 """The batches a student sees: stored views with their labels, or views drawn while it trains."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,6 +64,7 @@ class Stored:
         self._together = max(1, self._at_once // self.count) if small else 1  # epochs made at once
         self._ahead = -1, torch.empty(0)  # the first of them, and their views
         self.steps = steps(self.count, batch)
+        self.clean = partial(_clean, self._images, self._view, batch)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, shuffles them."""
@@ -75,10 +77,6 @@ class Stored:
                 x = views.apply(self._images, views.take(table, rows), self._size)
             labels = None if self._hard else soft[rows].to(x.device).float()
             yield from _split(_batch(x, labels, self._labels, views.take(table, rows)), self._batch)
-
-    def clean(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Batches of flipped crops of all images, not mixed nor augmented otherwise: float32 (B, 3, v, v)."""
-        return _clean(self._images, self._view, self._batch, generator)
 
     def _labelled(self, number: int) -> tuple[ViewTable, Tensor]:
         """Rows and soft labels of the label epoch whose turn it is."""
@@ -134,6 +132,7 @@ class Drawn:
         self._grid, self.count = grid, len(images) // grid**2
         self._whole = full
         self.steps = fixed or steps(self.count, batch, full=full)
+        self.clean = partial(_clean, self._images, view, batch)
 
     def epoch(self, number: int, generator: torch.Generator) -> Iterator[Batch]:
         """The batches of training epoch `number`; `generator`, on the CPU, draws order and views."""
@@ -152,10 +151,6 @@ class Drawn:
             for table, made in zip(tables, _split(whole, self._batch), strict=True):
                 made = made._replace(soft=self._teach(made.x, table).float()) if self._teach else made
                 yield Batch(*(part if part is None else part[:shown] for part in made))
-
-    def clean(self, generator: torch.Generator) -> Iterator[Tensor]:
-        """Batches of flipped crops of all images, not mixed nor augmented otherwise: float32 (B, 3, v, v)."""
-        return _clean(self._images, self._view, self._batch, generator)
 
     def _stream(self, start: int, count: int) -> Tensor:
         """Images `start` to `start + count` of the endless stream."""
@@ -180,6 +175,7 @@ def _draw(
 
 
 def _clean(images: Tensor, view: ViewSettings | None, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of flipped crops of all images, not mixed nor augmented otherwise: float32 (B, 3, v, v)."""
     size = images.shape[-1]
     if view is not None:
         view = ViewSettings(view_size=view.view_size, crop_area=view.crop_area, flip=view.flip, mix="none")

@@ -28,7 +28,7 @@ from huggingface_hub.hf_api import RepoFile
 from . import __version__
 from .errors import InputError
 from .hub_errors import Say, plain, quiet, status, steady
-from .versions import DATA, NUMBERED, File, Version, following, number
+from .versions import DATA, NUMBERED, File, Version, following, misnamed, number
 
 
 _TURNS = 6  # looks at the Hub; each but the last may find that somebody else was faster
@@ -54,6 +54,7 @@ class Repository:
     """A repository as its readers see it; every request is tried again where that may help."""
 
     def __init__(self, id: str, type: str, say: Say = quiet):
+        check(id)
         self.id, self.type, self.say, self.private = id, type, say, None
         self.api = HfApi(library_name="edc_hub", library_version=__version__)
         self._trees: dict[str, dict[str, RepoFile]] = {}
@@ -104,8 +105,8 @@ class Repository:
 
 def check(id: str, tag: str | None = None) -> None:
     """Raises InputError for what is no name of a repository, or no version."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", id):
-        raise InputError(f"{id}: no name of a repository; write ORG/NAME")
+    if problem := misnamed(id):
+        raise InputError(problem)
     if tag is not None and not NUMBERED.fullmatch(tag):
         raise InputError(f"tag: {tag!r} is no version; write e.g. --tag v1.0.0, or leave it out")
 

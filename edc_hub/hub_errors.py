@@ -1,4 +1,5 @@
-"""What can go wrong between here and the Hub: what is tried again, and what is said of the rest in one line."""
+"""What can go wrong between here and the Hub: what is tried again, what is said of the rest in one line, and whether
+the token that goes with requests can be sent and may write."""
 
 import errno
 import json
@@ -7,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import constants, get_token
+from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -28,6 +29,7 @@ Result = TypeVar("Result")
 
 _ATTEMPTS = 5
 _PASSING = (408, 429, 500, 502, 503, 504)
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 _LONGEST = 300.0  # seconds that a Hub may ask to wait: the window of its rate limits
 _FULL = {
     errno.ENOSPC: "the disk is full",
@@ -147,21 +149,18 @@ def _reading(error: Exception, id: str, words: str) -> str | None:
 def _writing(error: Exception, id: str) -> str | None:
     code, endpoint = status(error), constants.ENDPOINT
     said = getattr(_answer(error), "headers", {}).get("X-Error-Message") or ""
-    if isinstance(error, HFValidationError):
-        return f"hub.id: {id} is no name of a repository; write ORG/NAME ({first_line(error)})"
     if _lacks_xet(error) and endpoint != constants._HF_DEFAULT_ENDPOINT:
         return f"HF_ENDPOINT: {endpoint} has no xet storage; set HF_HUB_DISABLE_XET=1 and give the same command again"
     if any(isinstance(each, OfflineModeIsEnabled) for each in _chain(error)):
         return "HF_HUB_OFFLINE: is set, and publishing needs the network; unset it"
     if "Invalid metadata in README.md" in str(error):
         return f"README.md: the Hub refuses its metadata: {error}; correct it and give the same command again"
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
     if code == 401:
-        return f"HF_TOKEN: {endpoint} does not know the token (401); {login}"
+        return f"HF_TOKEN: {endpoint} does not know the token (401); {_LOGIN}"
     if code == 403:
-        return f"{id}: the token may not write there (403: {said}); {login}, or write another name before the /"
+        return f"{id}: the token may not write there (403: {said}); {_LOGIN}, or write another name before the /"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{id}: not found on {endpoint}, or the token may not see it; {login}"
+        return f"{id}: not found on {endpoint}, or the token may not see it; {_LOGIN}"
     if code is not None:
         return f"{id}: {endpoint} answered {code} {said or first_line(error)}; give the same command again to go on"
     if _is_broken(error):
@@ -178,3 +177,41 @@ def _without_token(text: str) -> str:
     except OSError:  # a file that cannot be read, so nothing of it was sent
         token = None
     return " ".join((text.replace(token, "hf_…") if token else text).split())
+
+
+def may_write(id: str, say: Say = quiet) -> None:
+    """Raises InputError where there is no token, or where it says that it may not write to `id`."""
+    if to_send() is None:
+        raise InputError(f"HF_TOKEN: no token, and only its owner may write to {id}; {_LOGIN}")
+    with plain(id):
+        me = steady(HfApi().whoami, say)
+    access = me.get("auth", {}).get("accessToken", {})
+    if access.get("role") == "read":
+        raise InputError(f"HF_TOKEN: the token may only read; {_LOGIN}")
+    if access.get("role") == "fineGrained":
+        places = writable(access)
+        if id.split("/")[0] not in {place.split("/")[0] for place in places}:
+            where = ", ".join(places) or "nowhere"
+            raise InputError(f"HF_TOKEN: the token may write to {where}, not to {id}; give it repo.write there")
+    names = [me["name"], *(org["name"] for org in me.get("orgs", []))]
+    if me.get("type") == "user" and id.split("/")[0] not in names:
+        raise InputError(f"{id}: {me['name']} may not write there; write one of {', '.join(names)} before the /")
+
+
+def writable(access: dict[str, Any]) -> list[str]:
+    """The users, organisations and repositories that a fine-grained token may write to, by what the Hub says of it."""
+    scopes = access.get("fineGrained", {}).get("scoped", [])
+    return [scope["entity"].get("name", "?") for scope in scopes if "repo.write" in scope.get("permissions", [])]
+
+
+def to_send() -> str | None:
+    """The token that requests carry. Raises InputError for one that cannot be read or sent."""
+    try:
+        token = get_token()
+    except OSError as error:
+        raise InputError(
+            f"HF_TOKEN: {constants.HF_TOKEN_PATH} cannot be read ({error.strerror}); make it readable, or set HF_TOKEN"
+        ) from error
+    if token is not None and not re.fullmatch("[!-~]+", token):  # the client would put it into its message
+        raise InputError("HF_TOKEN: the token has characters that no token has; log in with `hf auth login`")
+    return token

@@ -158,15 +158,15 @@ def make(recipe: Recipe, folder: Path, job: "Callable[[Session], Path]") -> None
     `hub.push` says so; what the Hub would refuse is found before the job."""
     publishes = recipe.hub.push and is_first()
     if publishes:
-        from . import pushing
+        from . import publish
 
-        pushing.before(recipe, folder / "dataset")
+        publish.before(recipe, folder / "dataset")
     with lock(folder), session(recipe, artifacts(recipe)) as running:
         dataset = job(running)
         if running.state.is_main_process:
             print(dataset)
     if publishes:
-        pushing.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
+        publish.push(dataset, **recipe.hub.model_dump(exclude={"push"}))
 
 
 def begin(recipe: Recipe, folder: Path, running: "Session") -> None:

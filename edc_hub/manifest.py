@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -90,18 +91,38 @@ def facts(
     }
 
 
-def read(path: Path, place: str | None = None) -> dict[str, Any]:
-    """The manifest of the set at `place`, or in the folder of `path`.
+def folder_of(place: Path, called: str | None = None) -> Path:
+    """The dataset folder that `place` is, or that of the run that it is; absolute, as a run is looked for above it.
+
+    Errors: InputError where there is no finished set; `called` is what the user wrote for the place.
+    """
+    place = Path(os.path.abspath(place))
+    for folder in (place, place / "dataset"):
+        if (folder / "manifest.json").is_file():
+            return folder
+    remedy = "give a finished run, or its dataset folder"
+    if (place / "recipe.yaml").is_file():
+        remedy = f"edc-hub condense {place}/recipe.yaml goes on with the run"
+    raise InputError(f"{called or place}: no finished set here, manifest.json is missing; {remedy}")
+
+
+def run_of(folder: Path, control: str | None) -> Path | None:
+    """The run folder that a dataset folder lies in, where it is one's own; None for a set on its own."""
+    above = {None: 0, "initial": 1, "random": 2}[control]  # RUN/dataset, RUN/controls/initial, RUN/controls/random/0
+    if len(folder.parents) <= above:
+        return None
+    run = folder.parents[above]
+    return run if (run / "recipe.yaml").is_file() and (run / "dataset").is_dir() else None
+
+
+def read(path: Path, place: str | None = None, content: bytes | None = None) -> dict[str, Any]:
+    """The manifest of the set at `place`, or in the folder of `path`; `content`: of the file, where read already.
 
     Errors: InputError for another or a damaged file, and for a format that is newer.
     """
-    return parsed(path.read_bytes(), path, place or str(path.parent))
-
-
-def parsed(content: bytes, path: Path, place: str) -> dict[str, Any]:
-    """The same, of a file that is read already."""
+    place = place or str(path.parent)
     try:
-        found = json.loads(content)
+        found = json.loads(path.read_bytes() if content is None else content)
         written = str(found["format_version"])
         newer = int(written.split(".")[0]) > int(FORMAT_VERSION.split(".")[0])
         whole = newer or all(isinstance(found[key], kind) for key, kind in _READ.items())

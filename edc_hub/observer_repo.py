@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import documents, networks, recipes, terms, weights
 from . import manifest as manifests
-from .condensed import CondensedSet
 from .errors import InputError
 from .networks import Network
 from .recipe import Network as Section
@@ -26,16 +25,17 @@ FACTS, WEIGHTS = weights.OURS, weights.FILES[0]
 
 
 def write(made: Path, folder: Path, repo: str, *, dataset: str | None = None) -> dict[str, Path]:
-    """Writes a new `folder/<observer>` for each observer of the set in the dataset folder `made`; returns the folders
-    by their ids.
+    """Writes a new `folder/<observer>` for each observer of the set in the run or dataset folder `made`; returns the
+    folders by their ids.
 
     The id of an observer is `<repo>-<observer>`. `model.safetensors` are the weights after the last epoch, the other
     snapshots are `snapshots/epoch-<n>.safetensors`. Equal runs give equal files.
     Args: dataset: id of the condensed set, for the cards.
     Errors: InputError where the set does not lie in the run that made it, or the weights are no longer beside that.
     """
-    condensed = CondensedSet.load(made)
-    run, manifest = condensed.run, condensed.manifest
+    made = manifests.folder_of(made)
+    manifest = manifests.read(made / "manifest.json")
+    run = manifests.run_of(made, manifest["control"])
     own = manifests.there(run / "dataset").get("observers", []) if run else []
     hashes = {entry["name"]: entry["sha256"] for entry in own}
     if run is None or any(hashes.get(entry["name"]) != entry["sha256"] for entry in manifest["observers"]):

@@ -110,7 +110,7 @@ class Clock:
             now = time.monotonic()
             self.seconds[stage] = round(before + now - start, 2)
             if self.file and now - self.saved >= self.session.checkpoint_seconds:
-                disk.write_atomically(self.file, lambda path: path.write_text(json.dumps(self.seconds)))
+                disk.write_text(self.file, json.dumps(self.seconds))
                 self.saved = now
 
         self.session.saved = keep
@@ -165,7 +165,7 @@ def _write_facts(real: RealSet, clock: Clock, folder: Path, session: Session) ->
         "versions": {name: version(name) for name in ("torch", "datasets", "transformers", "timm", "accelerate")},
         "python": platform.python_version(),
     }
-    disk.write_atomically(folder / "run.json", lambda path: path.write_text(json.dumps(facts, indent=2) + "\n"))
+    disk.write_text(folder / "run.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _say_where(recipe: Recipe, real: RealSet, dataset: Path, session: Session) -> None:

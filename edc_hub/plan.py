@@ -230,9 +230,9 @@ def show(recipe: Recipe, found: dict[str, Projected]) -> None:
         kind = "" if config == "images" else f", {recipe.relabel.codec if config == 'soft_labels' else 'dense'}"
         print(f"{config:<16}{rows:>10} rows  {size / 2**20:>12.1f} MiB before compression{kind}")
     if recipe.hub.push:
-        from . import pushing
+        from . import publish
 
-        print(pushing.planned(recipe, {config: size for config, (_, size) in found.items()}))
+        print(publish.planned(recipe, {config: size for config, (_, size) in found.items()}))
 
 
 def _sets(recipe: Recipe) -> int:

@@ -1,7 +1,8 @@
 """Accuracies that papers report, to stand beside measured ones: `recipes/published.yaml`, and those of a sweep."""
 
+import functools
 from collections.abc import Collection
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -12,17 +13,21 @@ from .section import Section
 
 Taken = Literal["last", "best", "unknown"]
 
-# accuracy and std (None where none is given) as fractions; as: the epoch it is of, last | best | unknown
-Figure = TypedDict("Figure", {"method": str, "accuracy": float, "std": float | None, "as": str, "where": str})
-
 _SAME = {"shufflenet_v2_x0_5": "shufflenet_v2"}
 
 
-def lookup(name: str, ipc: int, student: str) -> list[Figure]:
-    """What papers report for a data set (by its recipe's name), an IPC and a student; empty where nothing is known."""
-    every = documents.load(recipes.ROOT / "published.yaml")
-    found = every.get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
+def lookup(name: str, ipc: int, student: str) -> list[dict[str, Any]]:
+    """What papers report for a data set (by its recipe's name), an IPC and a student; empty where nothing is known.
+
+    Each has method, where, accuracy and std (None where none is given) as fractions, and `as`, the epoch it is of.
+    """
+    found = _shipped().get(name, {}).get(ipc, {}).get(_SAME.get(student, student), [])
     return [{**it, "accuracy": _fraction(it["accuracy"]), "std": _fraction(it.get("std"))} for it in found]
+
+
+@functools.cache
+def _shipped() -> dict[str, Any]:
+    return documents.load(recipes.ROOT / "published.yaml")
 
 
 def _fraction(percent: float | None) -> float | None:

@@ -1,6 +1,5 @@
 """What an evaluation leaves behind: what a reader of its figures must know, and the files."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,6 @@ from torch import Tensor
 from . import card, disk, documents, recipes, report, results
 from .accuracy import top1
 from .comparison import Comparison, Parsed
-from .condensed import CondensedSet
 from .protocol import Evaluation
 from .realset import RealSet
 from .recipe import Recipe
@@ -29,13 +27,14 @@ def outcome(done: Done, bench: Bench) -> Outcome:
 def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> dict[str, Any]:
     """Everything that a reader of the figures must know, for results.json."""
     asked, first, judged = parsed.comparison, parsed.sets[0], bench.judged_on
-    every, here = [each.facts for each in done], machine(session)  # here: of students from before it was kept
+    every = [each.facts for each in done]
+    unknown = {part: dict.fromkeys(facts, "unknown") for part, facts in machine(session).items()}  # of older students
     rows = {}
     for row in dict.fromkeys(each.trial.row for each in done):
         own = [each.facts for each in done if each.trial.row == row]
         images, bytes_ = (_mean([facts[key] for facts in own]) for key in ("images", "bytes"))
         rows[row] = {"images": images, "bytes": bytes_}
-        if all(parts := [facts.get("bytes_of") for facts in own]):  # students of earlier releases have the sum alone
+        if all(parts := [facts.get("bytes_of") for facts in own]):  # not of the whole real set
             rows[row]["bytes_of"] = {part: _mean([each[part] for each in parts]) for part in parts[0]}
     papers = {  # the students that papers mean by a name, where the images are theirs too
         name: entry.arch
@@ -44,7 +43,7 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
     }
     return {
         "set": {
-            "id": Path(asked.dataset[0]).absolute().name if _is_local(asked.dataset[0]) else asked.dataset[0],
+            "id": asked.called,
             "revision": asked.revision,
             "name": first.manifest["name"],
             "method": first.manifest["method"],
@@ -71,8 +70,8 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
         "published_as": papers,
         "rows": rows,
         "unavailable": bench.unavailable,
-        "hardware": _joined([{"device": each["device"], **each.get("hardware", here["hardware"])} for each in every]),
-        "versions": _joined([each.get("versions", here["versions"]) for each in every]),
+        "hardware": _joined([{"device": each["device"], **(unknown | each)["hardware"]} for each in every]),
+        "versions": _joined([(unknown | each)["versions"] for each in every]),
     }
 
 
@@ -91,7 +90,7 @@ def _is_own(asked: Comparison, recipe: Recipe) -> bool:
 
 def _joined(facts: list[dict[str, Any]]) -> dict[str, Any]:
     """What holds for all students; where they differ, every value in words."""
-    found = {key: sorted({each[key] for each in facts}) for key in facts[0]}
+    found = {key: sorted({each[key] for each in facts}, key=str) for key in facts[0]}
     return {key: each[0] if len(each) == 1 else ", ".join(map(str, each)) for key, each in found.items()}
 
 
@@ -100,19 +99,10 @@ def _mean(values: list[int | None]) -> int | None:
     return None if None in values else round(sum(values) / len(values))
 
 
-def _is_local(place: str) -> bool:
-    return os.path.isdir(os.path.expanduser(place))
-
-
 def _portable(section: Evaluation, recipe: Recipe) -> dict[str, Any]:
     """The protocol as a recipe publishes it: local paths by their last part."""
     recipe = recipe.model_copy(update={"evaluation": section})
     return documents.read(recipes.published(recipe), "evaluation")["evaluation"]
-
-
-def own_folder(condensed: CondensedSet) -> Path | None:
-    """The dataset folder of the run that made the set; a control's results are none of the run's set."""
-    return condensed.run / "dataset" if condensed.run and not condensed.manifest["control"] else None
 
 
 def replaces(found: dict[str, Any], folder: Path, session: Session) -> bool:
@@ -160,5 +150,4 @@ def write(found: dict[str, Any], picture: bytes, folder: Path) -> None:
     place = (folder / "assets" if is_set else folder) / "curves.png"
     disk.write_atomically(place, lambda path: path.write_bytes(picture))
     if is_set and readme.is_file():
-        text = card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found))
-        disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_text(readme, card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found)))

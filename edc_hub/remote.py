@@ -8,8 +8,7 @@ import pyarrow.compute
 import pyarrow.dataset
 from huggingface_hub import HfFileSystem, snapshot_download
 
-from . import tokens
-from .hub_errors import plain, steady
+from .hub_errors import plain, steady, to_send
 
 
 _AHEAD = 2**16  # bytes that are read past what was asked for; the default is 5 MB
@@ -20,7 +19,7 @@ def fetch(id: str, revision: str | None, pattern: str) -> Path:
 
     Errors: InputError in one line where it is not there, cannot be reached, or finds no place on the disk.
     """
-    tokens.to_send()
+    to_send()
     with plain(id, reading=f" at revision {revision}" if revision else ""):
         options = {"repo_type": "dataset", "revision": revision, "allow_patterns": pattern}
         return Path(steady(lambda: snapshot_download(id, **options), attempts=3))

@@ -127,6 +127,9 @@ def _notes(each: list[dict[str, Any]]) -> list[str]:
     numbers = {name: len({one[name] for one in each}) for name in ("set", "draw", "seed")}
     if numbers["set"] == numbers["draw"] == 1:
         return []
+    draws = len({(one["set"], one["draw"]) for one in each})
+    if draws != numbers["set"] * numbers["draw"]:  # sets of other numbers of draws
+        return [f"{_count(draws, 'draw')} of {_count(numbers['set'], 'set')}"]
     if math.prod(numbers.values()) != len(each):  # each draw of random images has its own seed
         del numbers["seed"]
     return [" x ".join(_count(number, name) for name, number in numbers.items() if number > 1)]

@@ -47,11 +47,11 @@ def percent(mean: float, std: float | None, sign: str = "") -> str:
 
 def amount(count: int) -> str:
     """A number of bytes for readers, `1.36 MB`."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 999.5:  # which three digits show as 1e+03
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{count:.3g} TB"
 
 
 class Outcome(NamedTuple):
@@ -106,8 +106,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
     place = folder / "results.json"
     old = disk.json_of(place)
     results = {**{key: old[key] for key in ("prefixes",) if key in old}, **results}
-    text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
-    disk.write_atomically(place, lambda path: path.write_text(text, "utf-8"))
+    disk.write_text(place, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
 def _row(part: list[Outcome]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Combinations of keys that cannot work, found before anything is loaded."""
 
-import re
 from collections.abc import Iterator
 
 from .errors import InputError
@@ -8,7 +7,7 @@ from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
 from .recipe import Recipe
 from .selection import selected, title
-from .versions import NUMBERED
+from .versions import NUMBERED, misnamed
 
 
 _EDC_CROPS = 1024  # crops a class that initialize.variant edc draws
@@ -239,8 +238,8 @@ def _hub(recipe: Recipe) -> Iterator[str]:
     if section.push and section.id is None:
         yield "hub.id: push is on, and the set has no name; write --hub.id ORG/NAME"
     for key, name in (("id", section.id), ("observers", section.observers)):
-        if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            yield f"hub.{key}: {name!r} is no name of a repository; write ORG/NAME"
+        if name is not None and (problem := misnamed(name)):
+            yield f"hub.{key}: {problem}"
     if section.push and recipe.relabel.codec == "observers" and section.observers is None:
         yield (
             "hub.observers: a set without stored views is published with the observers that label it; write "

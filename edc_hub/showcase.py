@@ -103,7 +103,7 @@ def publish(folder: Path, found: list[dict[str, Any]]) -> None:
         text = readme.read_text(encoding="utf-8")
         text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
         text = card.filled(text, "prefixes", f"{table}\n\n{stamp}")
-        disk.write_atomically(readme, lambda path: path.write_text(text, encoding="utf-8"))
+        disk.write_text(readme, text)
 
 
 def _percent(accuracy: list[float]) -> str:

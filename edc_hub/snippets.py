@@ -51,25 +51,29 @@ _DECODE = """\
 def example(manifest: dict[str, Any], evaluation: Evaluation, repo: str) -> str:
     """A student of the `images` configuration in ten lines of torch.
 
-    Loss, optimiser, batch and epochs are those of the recipe's protocol; the learning rate stays as it begins.
+    Loss, optimiser, batch and epochs are those of the recipe's protocol; the learning rate stays as it begins. The
+    batch is a larger one where a prefix would leave a single image over, for which BatchNorm has no statistics.
     Three more lines decode canvases; a batch then has as many pictures as the protocol says.
     """
-    grid, size = manifests.grid(manifest), manifest["images"]["size"]
+    grid, size, classes = manifests.grid(manifest), manifest["images"]["size"], len(manifest["classes"])
+    counts = [classes * k for k in range(1, manifest["ipc"] + 1)]
     values = evaluation.model_dump()
     functions, loss = _LOSSES[evaluation.loss]
-    values["batch"] = max(1, values["batch"] // grid**2)
+    batch = max(1, evaluation.batch // grid**2)
+    while grid == 1 and any(count % batch == 1 for count in counts):
+        batch += 1
     return _EXAMPLE.format(
         decode=_DECODE.format(side=size // grid, tiles=grid**2, size=size) if grid > 1 else "",
         repo=repo,
         mean=manifest["images"]["mean"],
         std=manifest["images"]["std"],
-        classes=len(manifest["classes"]),
+        classes=classes,
         stem=_SMALL_STEM if size <= 64 else "",
         functions=functions,
         optimizer=_OPTIMIZERS[evaluation.optimizer].format(**values),
         loss=loss.format(**values),
         epochs=values["epochs"],
-        batch=values["batch"],
+        batch=batch,
     )
 
 

@@ -217,8 +217,8 @@ def table(every: list[Line]) -> str:
 def write(parsed: Parsed, failed: dict[str, Exception]) -> None:
     """Writes table.csv, table.md and table.png of the cells that are finished."""
     every = lines(parsed, failed)
-    for name, content in (("table.csv", table(every)), ("table.md", markdown(parsed, every, failed))):
-        disk.write_atomically(parsed.folder / name, lambda path, content=content: path.write_text(content, "utf-8"))
+    disk.write_text(parsed.folder / "table.csv", table(every))
+    disk.write_text(parsed.folder / "table.md", markdown(parsed, every, failed))
     draw(parsed, every, parsed.folder / "table.png")
 
 

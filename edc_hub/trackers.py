@@ -5,7 +5,6 @@ from pathlib import Path
 
 from accelerate import tracking
 
-from . import disk
 from .comparison import Comparison
 from .errors import InputError, first_line
 from .results import Outcome
@@ -29,7 +28,7 @@ def log(asked: Comparison, folder: Path, done: list[Done], outcomes: list[Outcom
         tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
         where = {"logging_dir": folder / "tracking"} if tracker_class.requires_logging_directory else {}
         try:
-            tracker = tracker_class(_project(asked), **where)
+            tracker = tracker_class(Path(asked.called).name, **where)
             tracker.start()
             tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
             for epoch, values in sorted(_by_epoch(done, outcomes).items()):
@@ -41,11 +40,6 @@ def log(asked: Comparison, folder: Path, done: list[Done], outcomes: list[Outcom
                 f"report_to: {kind} failed ({reason}); the results are written, and the same command again trains "
                 f"nothing: mend it, or remove {kind}"
             ) from error
-
-
-def _project(asked: Comparison) -> str:
-    place = disk.local(asked.dataset[0], "dataset").absolute()
-    return place.parent.name if place.name == "dataset" else place.name
 
 
 def _by_epoch(done: list[Done], outcomes: list[Outcome]) -> dict[int, dict[str, float]]:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import controls, feed, judged, launch, lessons, networks, recipes, source, students, teachers, views, work
+from . import accuracy, controls, feed, launch, lessons, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
@@ -85,7 +85,7 @@ class Bench:
     def judged_on(self) -> RealSet:
         """The split that accuracy is measured on. Raises InputError where its classes are not the set's, or where it
         is kept from other training images than the set's."""
-        split = judged.open_split(self.comparison, self.size, self.sets[0].names)
+        split = accuracy.open_split(self.comparison, self.size, self.sets[0].names)
         if self.comparison.split == "holdout" and self.other_images:  # a row's lot hangs on its number
             raise InputError(
                 f"split: holdout, but {self.other_images} and may have seen some of these; give source.path and "
@@ -96,7 +96,7 @@ class Bench:
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
         """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
-        return judged.centres(self.judged_on, self.size)
+        return accuracy.centres(self.judged_on, self.size)
 
     @property
     def truth(self) -> Tensor:
@@ -113,7 +113,7 @@ class Bench:
     @cached_property
     def other_images(self) -> str | None:
         """What is wrong where the real set here is not the one that the set was condensed from; else None."""
-        return controls.other_images(self.sets[0], lambda: self.real, self.source)
+        return controls.other_images(self.sets[0], self)
 
     @cached_property
     def of_own_images(self) -> bool:
@@ -161,8 +161,7 @@ class Bench:
     def _controls(self, condensed: CondensedSet, kind: str) -> list[CondensedSet]:
         if kind not in self.comparison.controls:
             return []
-        folder = self.folder / "controls" / condensed.manifest["fingerprint"]
-        found, reason = controls.find(condensed, kind, lambda: self.real, self.source, self.session, folder)
+        found, reason = controls.find(condensed, kind, self)
         if not found:
             self.unavailable[kind] = reason
         return found

@@ -22,6 +22,19 @@ DATA = re.compile(r"(images|soft_labels\w*)/.+|.+\.safetensors")
 NUMBERED = re.compile(r"v(0|[1-9]\d*)\.(0|[1-9]\d*)\.(0|[1-9]\d*)")
 
 
+def misnamed(id: str) -> str | None:
+    """What is wrong with the name of a repository and what to write; None where it is one."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(id)
+        reason = "" if "/" in id else "it names no owner"
+    except HFValidationError as error:
+        reason = str(error).strip(".")
+    return f"{id!r} is no name of a repository; write ORG/NAME ({reason})" if reason else None
+
+
 class File(NamedTuple):
     """A file of a version; large ones stay on disk."""
 

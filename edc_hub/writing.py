@@ -73,7 +73,7 @@ def write(
             rows["soft_labels_full"] = tables.label_rows(labels.full, Relabel())  # dense
         with disk.disk_errors(part):
             data = {config: tables.write(part / config, groups) for config, groups in rows.items()}
-        _write_text(part / "recipe.yaml", published)
+        disk.write_text(part / "recipe.yaml", published)
         shown, shape = card.grid_rows(len(real.names), recipe.ipc, pairs=made_here)
         pictures = [encoding.decode(files[row] for row in shown.tolist())]
         pictures = [initial.images[shown], *pictures] if made_here else pictures
@@ -84,7 +84,7 @@ def write(
             of_pictures, tiles = partial(canvas.of_files, files, grid), tiles.view(len(files) * grid**2, -1)
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
-        _write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
+        disk.write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
         same, readme = old.get("configs") == facts["configs"], folder / "README.md"  # the very rows
         if not same and old.get("versions") == facts["versions"]:  # other libraries may write the same rows otherwise
             raise InputError(
@@ -94,7 +94,7 @@ def write(
         theirs = readme.read_text(encoding="utf-8") if readme.is_file() else None
         place = f"./{folder.name}"  # no Hub id: load_dataset takes whatever set of such a name is cached
         text = card.render(facts, recipe.evaluation, place, data=data, old=theirs, measured=same)
-        _write_text(part / "README.md", text)
+        disk.write_text(part / "README.md", text)
         if same:
             _carry(folder, part, old["fingerprint"], facts["fingerprint"])
         _replace(part, folder)
@@ -110,13 +110,9 @@ def _carry(folder: Path, part: Path, old: str, new: str) -> None:
         if not (folder / path).is_file() or (part / path).exists():
             continue
         if path.endswith(".json"):
-            _write_text(part / path, (folder / path).read_text(encoding="utf-8").replace(old, new))
+            disk.write_text(part / path, (folder / path).read_text(encoding="utf-8").replace(old, new))
         else:
             disk.write_atomically(part / path, partial(shutil.copyfile, folder / path))
-
-
-def _write_text(path: Path, text: str) -> None:
-    disk.write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _replace(part: Path, folder: Path) -> None:

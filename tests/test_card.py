@@ -76,6 +76,15 @@ def test_the_example_has_loss_and_optimiser_of_the_protocol(dataset, monkeypatch
     )
 
 
+@pytest.mark.parametrize("batch", [3, 4, 6, 9, 50])
+def test_no_batch_of_the_example_is_one_image_whatever_the_prefix(dataset, batch):
+    manifest = json.loads((dataset / "manifest.json").read_text()) | {"ipc": 10}
+    text = snippets.example(manifest, Evaluation(batch=batch), "dataset")
+    shown = int(re.search(r"DataLoader\(ds, (\d+),", text)[1])
+    sizes = [len(part) for k in range(1, 11) for part in torch.arange(CLASSES * k).split(shown)]
+    assert min(sizes) > 1 and shown >= batch and (shown == batch or batch != 50)
+
+
 @pytest.mark.parametrize(
     ("method", "keys", "words"),
     [
@@ -199,6 +208,24 @@ def test_sections_and_metadata_that_a_person_added_stay(dataset):
     assert kept.count("## Results") == 1 and kept.count("## no heading") == 1
     assert card.kept(text, kept) == kept and card.kept(kept, text) == kept and card.kept(text, text) == text
     assert "\n## Contact\n\nMe.\n\n## Results\n" in card.kept(text, "no metadata\n\n## Contact\n\nMe.\n")
+
+
+@pytest.mark.parametrize(("tags", "there"), [("vision", "vision"), ("3", "3"), ("[a, {b: c}]", "a")])
+def test_tags_that_a_person_wrote_as_no_list_of_words_are_whole_tags(dataset, tags, there):
+    text = (dataset / "README.md").read_text("utf-8")
+    own = DatasetCard(text).data.to_dict()["tags"]
+    found = DatasetCard(card.kept(text, f"---\ntags: {tags}\n---\n# Mine\n")).data.to_dict()["tags"]
+    assert found[: len(own)] == own and found[len(own)] == there and len(found) <= len(own) + 2
+
+
+@pytest.mark.parametrize(
+    "code", ["````\n```\n````", "~~~\n```\n~~~~", "```\n~~~\n```", "``` `a` ```", "  ```\n## A\n  ```"]
+)
+def test_a_section_behind_any_block_of_code_stays(dataset, code):
+    text = (dataset / "README.md").read_text("utf-8")
+    edited = text.replace("## Versions\n", f"## Versions\n\n{code}\n\n## Mine\n\nWords.\n\n## License\n", 1)
+    kept = card.kept(text, edited)
+    assert "\n## Mine\n\nWords.\n" in kept and kept.count("## License") == 1
 
 
 def test_a_set_that_is_written_again_keeps_them_too(session, tmp_path):

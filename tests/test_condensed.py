@@ -320,10 +320,12 @@ def test_views_of_a_newer_version_are_refused_and_the_images_are_read(dataset, t
 
 
 def test_a_folder_without_a_finished_set_is_refused_with_a_hint(dataset, tmp_path):
-    with pytest.raises(InputError, match="manifest.json is missing"):
+    with pytest.raises(InputError, match="manifest.json is missing; give a finished run, or its dataset folder"):
         CondensedSet.load(tmp_path)
-    with pytest.raises(InputError, match=f"give {dataset}"):
-        CondensedSet.load(dataset.parent)
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(InputError, match=f"edc-hub condense {tmp_path}/recipe.yaml goes on with the run"):
+        CondensedSet.load(tmp_path)
+    assert CondensedSet.load(dataset.parent).manifest == CondensedSet.load(dataset).manifest
     with pytest.raises(InputError, match="nowhere/at-all: neither a folder"):
         CondensedSet.load("nowhere/at-all")
     with pytest.raises(InputError, match="neither a folder"):

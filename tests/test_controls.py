@@ -106,7 +106,7 @@ def test_images_that_started_from_noise_have_no_initial_real_ones(alone, toy_run
 
 def test_controls_of_another_recipe_or_of_an_unfinished_run_are_not_taken_for_the_sets(toy_run, tmp_path):
     shutil.copytree(toy_run, tmp_path / "run")
-    ask = partial(controls.find, CondensedSet.load(tmp_path / "run" / "dataset"), "initial", *[None] * 4)
+    ask = partial(controls.find, CondensedSet.load(tmp_path / "run" / "dataset"), "initial", None)
     assert len(ask()[0]) == 1
     manifest = tmp_path / "run/controls/initial/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"recipe_sha256": "of another"}))

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, controls, disk, evaluate, judged, launch, lessons, record, teachers, trials, work
+from edc_hub import accuracy, comparison, controls, disk, evaluate, launch, lessons, record, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.errors import InputError
@@ -360,7 +360,7 @@ def test_a_timm_and_a_transformers_student_stand_beside_ours(toy_run, tmp_path):
 
 @pytest.mark.parametrize("side", [(20, 26), (33, 20), (24, 24)])
 def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, monkeypatch, side):
-    monkeypatch.setattr(judged, "BATCH", 2)
+    monkeypatch.setattr(accuracy, "BATCH", 2)
     x, y = np.meshgrid(np.linspace(0, 255, side[0]), np.linspace(0, 255, side[1]))
     image = PIL.Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))  # a value is a place
     splits = {"train": [0, 1, 2] * 4, "test": [2, 0, 1]}
@@ -565,11 +565,11 @@ def test_label_batches_are_kept_only_where_a_student_s_are_as_large(toy_run, tmp
 
 
 def test_a_place_without_a_finished_set_is_one_line(toy_run, tmp_path, capsys):
-    assert "no condensed set here, manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
+    assert "no finished set here, manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
     (tmp_path / "run").mkdir()
     shutil.copy(toy_run / "recipe.yaml", tmp_path / "run/recipe.yaml")
     line = refused(capsys, "--dataset", tmp_path / "run")
-    assert line.startswith(f"dataset: no finished set in run {tmp_path / 'run'}; edc-hub condense ")
+    assert line.startswith(f"{tmp_path / 'run'}: no finished set here, manifest.json is missing; edc-hub condense ")
 
 
 def test_a_comparison_under_way_is_not_disturbed(toy_run, tmp_path, capsys):
@@ -718,6 +718,17 @@ def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run
     mixed = told(toy_run, session, facts=[here, {**other, "device": "TPU"}])
     assert mixed["hardware"]["threads"] == f"{here['hardware']['threads']}, 99"
     assert mixed["hardware"]["device"] == "CPU, TPU" and mixed["versions"]["timm"] == here["versions"]["timm"]
+
+
+def test_students_whose_machine_was_not_kept_are_not_said_to_be_of_this_one(toy_run, session):
+    about = told(toy_run, session, facts=[{}, trials.machine(session)])
+    assert told(toy_run, session)["versions"]["torch"] == "unknown" and "unknown" in str(about["hardware"]["threads"])
+
+
+def test_a_set_is_called_by_its_run_whichever_of_its_folders_is_named(toy_run, session, monkeypatch):
+    assert {told(place, session)["set"]["id"] for place in (toy_run, toy_run / "dataset")} == {toy_run.name}
+    monkeypatch.chdir(toy_run / "dataset")
+    assert told(".", session)["set"]["id"] == toy_run.name
 
 
 def test_controls_are_looked_up_once_for_all_students(toy_run, session, monkeypatch):

@@ -268,9 +268,12 @@ def test_wrong_words_are_answered_in_one_line(publish, dataset):
     for argv, said in (
         ([dataset], "expected RUN and ORG/NAME"),
         ([dataset, "nameonly"], "write ORG/NAME"),
+        ([dataset, "org/a--b"], "'org/a--b' is no name of a repository; write ORG/NAME (Cannot have --"),
+        ([dataset, "../x"], "'../x' is no name of a repository"),
+        ([dataset, "org/a", "--observers", "org/b.git"], "'org/b.git' is no name of a repository"),
         ([dataset, "org/name", "--tag", "1.0"], "--tag v1.0.0"),
         ([dataset, "org/name", "--tags", "v1.0.0"], "did you mean 'tag'"),
-        (["/nowhere/at/all", "org/name"], "no folder"),
+        (["/nowhere/at/all", "org/name"], "/nowhere/at/all: no finished set"),
     ):
         done = publish(*argv)
         assert done.status == 2 and said in done.err and len(done.err.splitlines()) == 1
@@ -546,13 +549,13 @@ def test_what_the_hub_would_refuse_is_said_before_a_run_and_its_plan_shows_the_r
     code = """
     import sys
     from pathlib import Path
-    from edc_hub import pushing
+    from edc_hub import publish
     from edc_hub.errors import InputError
     from edc_hub.recipe import Recipe
     def ask(**section):
         recipe = Recipe(hub={"push": True, **section})
-        for call in (lambda: pushing.planned(recipe, {"images": 2e6, "soft_labels": 3e6}),
-                     lambda: pushing.before(recipe, Path("/nowhere"))):
+        for call in (lambda: publish.planned(recipe, {"images": 2e6, "soft_labels": 3e6}),
+                     lambda: publish.before(recipe, Path("/nowhere"))):
             try:
                 print(call())
             except InputError as error:

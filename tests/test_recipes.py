@@ -419,6 +419,8 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
         ("--observers.networks [1]", "observers.networks[0]: expected a section of keys and values"),
         ("--observers.networks.0.arch x", "observers.networks: expected a list, got {'0': {'arch': 'x'}}; write e.g."),
         ("--observers.networks null", "observers.networks: expected a list, got None"),
+        ("--hub.id a/b--c", "hub.id: 'a/b--c' is no name of a repository; write ORG/NAME (Cannot have -- or .."),
+        ("--hub.observers a", "hub.observers: 'a' is no name of a repository; write ORG/NAME (it names no owner)"),
         ("--name a/b", "name: expected a name of letters, digits, '.', '_' and '-', got 'a/b'"),
         ("--method ecd", "method: no method 'ecd'; did you mean 'edc'? There are: cda, edc, edc-a"),
         ("--method sgd2000", "method: no method 'sgd2000'; there are: cda, edc, "),

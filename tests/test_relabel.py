@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -145,7 +146,8 @@ def test_images_of_another_size_keep_it(run, theirs, tmp_path):
     (place / "observers.json").write_text(json.dumps(known))
     section = given_by.source.model_copy(update={"size": 16})
     downloaded = CondensedSet.load(place)
-    (made,), _ = controls.find(downloaded, "random", lambda: source.load(section), section, session, tmp_path)
+    bench = SimpleNamespace(real=source.load(section), source=section, session=session, folder=tmp_path)
+    (made,), _ = controls.find(downloaded, "random", bench)
     assert torch.equal(made.images, beside.images) and torch.equal(made.soft_labels, beside.soft_labels)
 
 

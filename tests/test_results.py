@@ -99,6 +99,20 @@ def test_each_figure_has_its_n_and_the_sample_spread_of_all_sets_and_seeds():
         assert rows[row]["ema"]["mean"] == pytest.approx(rows[row]["live"]["mean"] + 0.01, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(999, "999 bytes"), (999_499, "999 kB"), (999_600, "1 MB"), (999_999_999, "1 GB"), (10**12, "1 TB")],
+)
+def test_bytes_are_shown_in_the_unit_that_three_digits_need(count, shown):
+    assert results.amount(count) == shown
+
+
+def test_sets_of_different_numbers_of_draws_are_counted_as_they_are():
+    outcomes = trained("random", 0.4, seeds=1, draws=3) + [Outcome("random", "resnet18", 1, 0, 0, 0.5, 0.5, 2000, 1.0)]
+    text = report.table(results.summarise(outcomes, about()))
+    assert "4 draws of 2 sets" in row_of(text, "random real images")
+
+
 def test_one_student_has_no_spread_and_the_table_shows_none():
     found = results.summarise(trained("set", 0.521, seeds=1), about())
     assert found["students"]["resnet18"]["rows"]["set"]["live"] == {"mean": 0.521, "std": None}
