@@ -103,7 +103,7 @@ def folder_of(place: Path, called: str | None = None) -> Path:
     remedy = "give a finished run, or its dataset folder"
     if (place / "recipe.yaml").is_file():
         remedy = f"edc-hub condense {place}/recipe.yaml goes on with the run"
-    raise InputError(f"{called or place}: no finished set here, manifest.json is missing; {remedy}")
+    raise InputError(f"dataset: no finished set in {called or place}, manifest.json is missing; {remedy}")
 
 
 def run_of(folder: Path, control: str | None) -> Path | None:

@@ -565,11 +565,13 @@ def test_label_batches_are_kept_only_where_a_student_s_are_as_large(toy_run, tmp
 
 
 def test_a_place_without_a_finished_set_is_one_line(toy_run, tmp_path, capsys):
-    assert "no finished set here, manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
+    assert "manifest.json is missing" in refused(capsys, "--dataset", tmp_path)
     (tmp_path / "run").mkdir()
     shutil.copy(toy_run / "recipe.yaml", tmp_path / "run/recipe.yaml")
     line = refused(capsys, "--dataset", tmp_path / "run")
-    assert line.startswith(f"{tmp_path / 'run'}: no finished set here, manifest.json is missing; edc-hub condense ")
+    assert line.startswith(
+        f"dataset: no finished set in {tmp_path / 'run'}, manifest.json is missing; edc-hub condense "
+    )
 
 
 def test_a_comparison_under_way_is_not_disturbed(toy_run, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_equal_runs_give_equal_files(run, folders, tmp_path):
 
 
 def test_what_is_missing_is_named(run, tmp_path):
-    with pytest.raises(InputError, match="no finished set here, manifest.json is missing"):
+    with pytest.raises(InputError, match="manifest.json is missing"):
         observer_repo.write(tmp_path, tmp_path / "out", "org/obs")
     alone = tmp_path / "alone" / "toy"
     (alone / "dataset").mkdir(parents=True)
