@@ -80,8 +80,10 @@ def project(
     rows, classes, processes = real.rows(), len(real.names), session.state.num_processes
     generator = torch.Generator().manual_seed(0)
     together = min(recipe.synthesize.block, classes * recipe.ipc)
-    picked = rows[torch.randperm(len(rows), generator=generator)[: max(recipe.moments.batch, together)]]
-    images, labels, _ = next(iter(real.batches(picked.sort().values, len(picked))))
+    if not recipe.source.streaming:  # of a stream the first rows are read, and no more
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+    picked = rows[: max(recipe.moments.batch, together)].sort().values
+    images, labels, _ = next(iter(real.batches(picked, len(picked))))
     images, labels = images.to(session.device), labels.to(session.device)
     size, total, count = len(images), classes * recipe.ipc, len(rows)
     shown = images if shown is None else shown[:size].to(session.device)
