@@ -63,7 +63,8 @@ def parse(argv: list[str]) -> Parsed:
     if "images" not in named:
         raise InputError("images: none given; write --images FOLDER or --images ORG/NAME")
     given = keys.validated(Given, named)
-    parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel")
+    known = {"ipc": given.ipc} if given.ipc else {}
+    parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel", **known)
     return Parsed(given, rest, _adapted(parsed.recipe, given), parsed.dry_run, parsed.print_recipe)
 
 
