@@ -25,8 +25,8 @@ def _countable(value: float) -> float:
 def _plain(args: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(args, allow_nan=False)
-    except (TypeError, ValueError) as error:  # a date, as YAML reads 2024-01-01; no number
-        raise ValueError(f"expected plain values, got {str(args)[:60]}; write dates in quotes") from error
+    except (TypeError, ValueError):  # a date, as YAML reads 2024-01-01; .nan and .inf
+        raise ValueError(f"expected plain values, got {args!s:.60}; write finite numbers, dates in quotes") from None
     return args
 
 

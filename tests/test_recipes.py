@@ -451,6 +451,8 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, line):
         ("[{nam: x}]", "observers.networks[0].nam: unknown key; did you mean 'name'?"),
         ("[{name: x}]", "observers.networks[0].arch: missing; write e.g. arch: name"),
         ("[{name: x, arch: y, args: 3}]", "observers.networks[0].args: expected keys and values, got 3"),
+        ("[{name: x, arch: y, args: {depth: .nan}}]", "plain values, got {'depth': nan}; write finite numbers"),
+        ("[{name: x, arch: y, args: {day: 2020-01-01}}]", "write finite numbers, dates in quotes"),
         (
             "[{name: x, arch: y, train: {epochs: x}}]",
             "observers.networks[0].train.epochs: expected an integer, got 'x'",
