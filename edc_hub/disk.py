@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -112,11 +113,9 @@ def _disk_error(error: Exception, key: str = "output_dir") -> str | None:
 
 def sweep(root: Path) -> None:
     """Removes the temporary files that dead processes of this host left below `root`."""
-    host = socket.gethostname()
-    for path in root.rglob(f".*.{host}.*.tmp"):
-        pid = int(path.name.split(".")[-2])
-        ours = path.name.removesuffix(f".{host}.{pid}.tmp").endswith((".safetensors", ".progress"))  # not rack.host's
-        if ours and not psutil.pid_exists(pid):
+    ours = re.compile(rf".*\.(safetensors|progress)\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.tmp")
+    for path in root.rglob(".*.tmp"):
+        if (found := ours.fullmatch(path.name)) and not psutil.pid_exists(int(found[2])):
             path.unlink(missing_ok=True)
 
 

@@ -171,10 +171,11 @@ def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_ke
     mine.parent.mkdir()
     dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{child.pid}."))
     foreign = mine.with_name(f".a.safetensors.rack.{socket.gethostname()}.{child.pid}.tmp")
-    for path in (mine, dead, foreign):
+    other = mine.with_name(f".a.safetensors.{socket.gethostname()}.part.tmp")  # of another program
+    for path in (mine, dead, foreign, other):
         path.touch()
     disk.sweep(tmp_path)
-    assert mine.exists() and foreign.exists() and not dead.exists()
+    assert mine.exists() and foreign.exists() and other.exists() and not dead.exists()
 
 
 HOLD = """
