@@ -96,6 +96,14 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
 
 
+@pytest.mark.parametrize(("word", "shown"), [("0", "lines"), ("1", "none")])
+def test_progress_is_turned_off_as_the_hub_s_client_reads_it(word, shown):
+    program = "from edc_hub import launch; print(launch._progress())"
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": word}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == f"{shown}\n", done.stderr
+
+
 def test_a_unit_that_saved_its_progress_goes_on_from_there(session):
     (unit,) = units(1)
     steps = []
