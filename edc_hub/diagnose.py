@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
-from . import arguments, disk, launch, recipes
+from . import arguments, disk, launch, methods, recipes
 from .errors import InputError
 from .section import Positive, Section, Threads
 
@@ -109,7 +109,7 @@ def _hessian(found: "Finished", options: Options) -> Measure:
     recipe, method = found.recipe, found.condensed.manifest["method"]
     if recipe.synthesize.iterations == 0:
         raise InputError("the run synthesised nothing (synthesize.iterations 0); leave this measure out")
-    if ":" in recipe.method:
+    if methods.place(recipe.method):
         raise InputError(f"the images were made by {method}, not by synthesize; leave this measure out")
     given = recipe, found.real, found.observers, found.moments(recipe), found.initial, found.condensed, found.session
     return lambda: curvature.along_synthesis(*given, every=options.every, samples=options.samples)

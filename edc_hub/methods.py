@@ -67,16 +67,22 @@ class Task(NamedTuple):
 Function = Callable[[Task], "Tensor"]
 
 
+def place(method: str) -> str | None:
+    """Where the function of a method stands, module:function; None for a method of values alone."""
+    found = FUNCTIONS.get(method, method)
+    return found if ":" in found else None
+
+
 def find(method: str) -> Function | None:
     """The function of a method; None for one of values alone. Raises InputError where it cannot be imported or called.
 
     A module is looked for where Python looks, and in the current folder.
     """
-    place = FUNCTIONS.get(method, method)
-    module, colon, name = place.partition(":")
-    if not colon:
+    found = place(method)
+    if found is None:
         return None
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", place):
+    module, _, name = found.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", found):
         raise InputError(f"method: {method!r} is no name of a function; write package.module:function")
     function = getattr(_module(module), name, None)
     if function is None:

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
+from . import methods
 from .errors import InputError
-from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
 from .recipe import Recipe
 from .selection import selected, title
@@ -53,8 +53,7 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
 
 
 def _options(recipe: Recipe) -> Iterator[str]:
-    plain = recipe.method != "relabel" and recipe.method not in FUNCTIONS and ":" not in recipe.method
-    if recipe.options.model_extra and plain:
+    if recipe.options.model_extra and recipe.method != "relabel" and not methods.place(recipe.method):
         yield (
             f"options.{min(recipe.options.model_extra)}: method {recipe.method} reads no options; remove it, or write "
             "method: package.module:function"
