@@ -133,7 +133,7 @@ def project(
     side = shown.shape[-1]
     table = views.sample(recipe.relabel, torch.arange(len(shown)), side, generator)
     viewed = clock("views", views.apply, shown, table, recipe.relabel.view_size or side) / len(shown)
-    labelled = _label_epochs(recipe, total, classes) * _sets(recipe)
+    labelled = _label_epochs(recipe, total, classes) * sets(recipe)
     if recipe.relabel.full:
         labelled += recipe.relabel.epochs - _label_epochs(recipe, total, classes)
     return {
@@ -205,11 +205,11 @@ def _print(recipe: Recipe, real: RealSet) -> None:
     classes, total = len(real.names), len(real.names) * recipe.ipc
     found = sizes(recipe, real.images(real.rows()[: min(32, len(real.rows()))]), total, classes)
     show(recipe, found)
-    sets, full = _sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
+    count, full = sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
     # labels lie in artifacts/views too, dense
     made = total * _label_epochs(recipe, total, classes) * (_view_bytes(recipe) + 2 * classes)
-    whole = sets * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
-    print(f"{'disk':<14}{sets:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
+    whole = count * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
+    print(f"{'disk':<14}{count:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
 
 
 def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, Projected]:
@@ -237,8 +237,8 @@ def show(recipe: Recipe, found: dict[str, Projected]) -> None:
         print(pushing.planned(recipe, {config: size for config, (_, size) in found.items()}))
 
 
-def _sets(recipe: Recipe) -> int:
-    """The set and its controls."""
+def sets(recipe: Recipe) -> int:
+    """How many sets a run makes: its own and the controls."""
     own = 1 + (recipe.method != "relabel")  # what others' images started from nobody knows
     return own + recipe.relabel.random_draws if recipe.relabel.controls else 1
 

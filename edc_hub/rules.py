@@ -19,6 +19,7 @@ def validate(recipe: Recipe) -> None:
     for rules in (_options, _source, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
+    validate_cuts(recipe, recipe.source.size)
     validate_protocol(recipe.evaluation, recipe.source.size)
 
 
@@ -48,8 +49,20 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
                 f"evaluation.augment: {each.augment}, but stored labels are those of the set's own views; "
                 "write augment: set, or labels: online"
             )
-        if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
-            yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
+        if each.augment == "own":
+            _divides("evaluation.view.shuffle", each.view.shuffle, "strips", size, 0)
+
+
+def validate_cuts(recipe: Recipe, size: int) -> None:
+    """Raises InputError where images of `size` px cannot be cut into equal parts as the recipe says."""
+    _divides("initialize.factor", recipe.initialize.factor, "tiles", size, 1)
+    _divides("relabel.shuffle", recipe.relabel.shuffle, "strips", size, 0)
+    _divides("images.grid", recipe.images.grid, "pictures a side", size, 1)
+
+
+def _divides(key: str, parts: int, noun: str, size: int, none: int) -> None:
+    if parts and size % parts:
+        raise InputError(f"{key}: {parts} {noun} do not divide {size} px; write a divisor of it, or {none}")
 
 
 def _options(recipe: Recipe) -> Iterator[str]:
@@ -95,16 +108,11 @@ def _observers(recipe: Recipe) -> Iterator[str]:
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:
-    start, size = recipe.initialize, recipe.source.size
+    start = recipe.initialize
     if start.factor > 1 and start.kind != "rded":
         yield f"initialize.factor: {start.factor} tiles a side need kind rded, got {start.kind}; write 1 or kind: rded"
     if start.difficulty != "easiest" and start.kind != "rded":
         yield f"initialize.difficulty: {start.difficulty} crops need kind rded, got {start.kind}; write easiest"
-    if size % start.factor:
-        yield (
-            f"initialize.factor: {start.factor} tiles do not divide {size} px; "
-            f"write a divisor of source.size, or change that"
-        )
     pictures = recipe.ipc * recipe.images.grid**2
     wanted = pictures * start.factor**2
     drawn = _EDC_CROPS if start.variant == "edc" else start.images_per_class
@@ -192,14 +200,12 @@ def other_tiles(network: str, side: int) -> str:
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:
-    section, size = recipe.relabel, recipe.source.size
+    section = recipe.relabel
     if section.batch == 1 and section.mix != "none":
         yield f"relabel.batch: {section.mix} mixes two views of a batch, got 1; write 2 or more, or mix: none"
     if section.batch == 1 and section.observer_mode == "batch":
         yield "relabel.batch: observer_mode batch needs statistics of a batch, got 1; write 2 or more"
     yield from _stored(recipe)
-    if section.shuffle and size % section.shuffle:
-        yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of it, or 0"
 
 
 def _stored(recipe: Recipe) -> Iterator[str]:
@@ -219,9 +225,7 @@ def _stored(recipe: Recipe) -> Iterator[str]:
 
 
 def _images(recipe: Recipe) -> Iterator[str]:
-    grid, size, factor = recipe.images.grid, recipe.source.size, recipe.initialize.factor
-    if size % grid:
-        yield f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of source.size, or 1"
+    grid, factor = recipe.images.grid, recipe.initialize.factor
     if grid > 1 and factor > 1:
         yield f"initialize.factor: {factor}, and images.grid {grid} has its own tiles; write 1 for one of the two"
     if recipe.relabel.codec != "observers" and recipe.relabel.epochs < grid**2:
