@@ -16,8 +16,8 @@ from . import manifest as manifests
 from .condensed import CondensedSet
 from .errors import InputError
 from .networks import Network
-from .recipe import Network as Section
 from .recipe import Recipe
+from .section import Network as Section
 
 
 STAGE = "observers"

@@ -16,6 +16,7 @@ from .errors import InputError, naming
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
+from .section import Network as Section
 from .taps import Taps
 from .training import Training, part
 from .work import Progress, Session, Unit, fingerprint, generator, run
@@ -122,7 +123,7 @@ def least_accuracy(classes: int) -> float:
     return min(2 / classes, (1 + 1 / classes) / 2)
 
 
-def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
+def untrained(given: recipe.Recipe, net: Section, classes: int, session: Session) -> Network:
     """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
     with naming(f"observers.networks: {net.name}"):
         if net.weights:
@@ -142,7 +143,7 @@ def _published(arch: str) -> str:
 
 
 def _fingerprint(
-    given: recipe.Recipe, net: recipe.Network, real: RealSet, found: weights.Weights | None, session: Session
+    given: recipe.Recipe, net: Section, real: RealSet, found: weights.Weights | None, session: Session
 ) -> str:
     spec = net.model_dump(mode="json", exclude={"name", "weights"})
     if net.train and net.train.ema:
@@ -167,7 +168,7 @@ def _fingerprint(
 
 
 def _train(
-    network: Network, net: recipe.Network, real: RealSet, session: Session, seed: int, progress: Progress
+    network: Network, net: Section, real: RealSet, session: Session, seed: int, progress: Progress
 ) -> dict[int, State]:
     """SGD with cross-entropy on `network` in place; returns the state after each epoch of `snapshots`.
 

@@ -457,7 +457,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(argv, line):
             "[{name: x, arch: y, train: {epochs: x}}]",
             "observers.networks[0].train.epochs: expected an integer, got 'x'",
         ),
-        (f"[{NETWORK}, {NETWORK}]", "observers.networks: two observers are called 'a'"),
+        (f"[{NETWORK}, {NETWORK}]", "observers.networks: two networks are called 'a'; give each its own name"),
         ("[]", "observers.networks: none given"),
     ],
 )
