@@ -86,7 +86,7 @@ def check_ipc(real: RealSet, ipc: int) -> None:
         others = f" ({short} classes have fewer than {ipc})" if short > 1 else ""
         raise InputError(
             f"ipc: {ipc} images a class, but class '{real.names[least]}' of {real.id} has {counts[least]}{others}; "
-            f"lower ipc or leave such classes out with source.classes"
+            "lower ipc, or initialize.factor or images.grid that multiply it, or leave such out with source.classes"
         )
 
 
