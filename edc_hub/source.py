@@ -181,11 +181,9 @@ def _reading(section: recipe.Source) -> Iterator[None]:
         raise InputError(
             f"source.{key}: {_line(error)}; check the spelling, or run `hf auth login` if it is private or gated"
         ) from error
-    except ValueError as error:
-        if "onfig" in str(error) and ("not found" in str(error) or "missing" in str(error)):
-            raise InputError(f"source.name: {_line(error)}") from error
-        raise InputError(f"source.path: load_dataset cannot read {section.path}: {_line(error)}") from error
     except Exception as error:  # any reader of any format
+        if isinstance(error, ValueError) and re.search("onfig.* (not found|missing)", str(error)):
+            raise InputError(f"source.name: {_line(error)}") from error
         reason = _line(error) + (f" ({_line(error.__cause__)})" if error.__cause__ else "")
         codes = {getattr(failure, "errno", None) for failure in (error, error.__cause__)}
         if codes & {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error):
