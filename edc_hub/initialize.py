@@ -13,11 +13,10 @@ from torch import Generator, Tensor
 
 from . import canvas, rded, work
 from .errors import InputError
-from .pixels import to_float
+from .pixels import Space, to_float
 from .recipe import Recipe
 from .selection import users
 from .source import RealSet, check_ipc
-from .space import Space
 from .work import Session, Unit
 
 

@@ -29,12 +29,11 @@ from . import (
     views,
 )
 from .networks import Network
-from .objective import Objective, Observed
+from .objective import Objective, Observed, Slope
 from .recipe import Recipe
 from .recorded import PLAIN, Recorded
 from .section import Network as Section
 from .selection import users
-from .slope import Slope
 from .source import RealSet
 from .taps import Taps
 from .targets import Targets

@@ -11,8 +11,8 @@ from test_synthesize import MEAN, STD, Interrupted, Smooth, images, network, rec
 from edc_hub import crops, matching, networks, objective, pixels, rules, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
+from edc_hub.pixels import Space
 from edc_hub.recipe import Recipe, Synthesize
-from edc_hub.space import Space
 from edc_hub.work import Progress
 
 
