@@ -34,8 +34,8 @@ FUNCTIONS: dict[str, str] = {}
 """Shipped methods with code of their own: module:function by name."""
 
 STAGE, VERSION = "methods", 1
-_LATER = ("relabel", "images", "evaluation", "hub")  # sections of what comes after the images
-_RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")
+_LATER = ("relabel", "images", "evaluation")  # sections of what comes after the images
+RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds", "hub")  # change where and how fast, not what
 
 
 class Task(NamedTuple):
@@ -141,7 +141,7 @@ def obtain(
     from .recipe import Images
     from .selection import snapshots
 
-    unseen = {name: Recipe.model_fields[name].default for name in (*_LATER, *_RUNTIME)}
+    unseen = {name: Recipe.model_fields[name].default for name in (*_LATER, *RUNTIME)}
     seen = recipe.model_copy(update=unseen | {"images": Images(grid=recipe.images.grid)})
     mark = work.fingerprint(
         STAGE,

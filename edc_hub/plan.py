@@ -30,6 +30,7 @@ from . import (
 )
 from .networks import Network
 from .objective import Objective, Observed, Slope
+from .pixels import to_float
 from .recipe import Recipe
 from .recorded import PLAIN, Recorded
 from .section import Network as Section
@@ -161,7 +162,7 @@ def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
 
     def forward(images: Tensor) -> Tensor:
         with torch.no_grad(), session.autocast():
-            return network(images.float() / 255)
+            return network(to_float(images, session.device))
 
     return Recorded(forward, session.device)
 
@@ -169,7 +170,7 @@ def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
 def _training(net: Section, network: Network, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
     """A step of an observer's training, on uint8 images and labels; `network` stays as it is."""
     training = observers.trainer(copy.deepcopy(network).train().requires_grad_(True), net.train, session)
-    return lambda images, labels: training.descend(images.float() / 255, labels)
+    return lambda images, labels: training.descend(to_float(images, session.device), labels)
 
 
 def _iterating(
@@ -179,7 +180,7 @@ def _iterating(
     section = recipe.synthesize.model_copy(update={"pick": "turn"})  # there is one to pick from
     taps = Taps(network, patch=recipe.moments.patch, layers=section.layers)
     with torch.no_grad(), taps:
-        network(images.float() / 255)
+        network(to_float(images, session.device))
     first, second = taps.collect()
     mean, var = matching.group(first, second, taps.shift, torch.full((1, len(images)), 1 / len(images)).to(first))
     present = labels.unique().cpu()
