@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,13 +39,6 @@ from .source import RealSet
 from .taps import Taps
 from .targets import Targets
 from .work import Session
-
-
-class Projected(NamedTuple):
-    """What a configuration would hold."""
-
-    rows: int
-    bytes: float
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -205,28 +198,28 @@ def _print(recipe: Recipe, real: RealSet) -> None:
     classes, total = len(real.names), len(real.names) * recipe.ipc
     found = sizes(recipe, real.images(real.rows()[: min(32, len(real.rows()))]), total, classes)
     show(recipe, found)
-    count, full = sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
+    count, full = sets(recipe), found.get("soft_labels_full", (0, 0))[1]
     # labels lie in artifacts/views too, dense
     made = total * _label_epochs(recipe, total, classes) * (_view_bytes(recipe) + 2 * classes)
     whole = count * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
     print(f"{'disk':<14}{count:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
 
 
-def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, Projected]:
+def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, tuple[int, float]]:
     """Rows and bytes of each configuration of `total` images, from a sample of them uint8 (n, 3, s, s)."""
     sample = sample[:32]
     image = sum(map(len, encoding.encode(sample, recipe.images))) / len(sample) + 2 * classes
-    found = {"images": Projected(total, total * image)}
+    found = {"images": (total, total * image)}
     if rows := total * _label_epochs(recipe, total, classes):
         row = _view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes)
-        found["soft_labels"] = Projected(rows, rows * row)
+        found["soft_labels"] = rows, rows * row
     if recipe.relabel.full:
         rows = total * recipe.relabel.epochs
-        found["soft_labels_full"] = Projected(rows, rows * (_view_bytes(recipe) + 2 * classes))
+        found["soft_labels_full"] = rows, rows * (_view_bytes(recipe) + 2 * classes)
     return found
 
 
-def show(recipe: Recipe, found: dict[str, Projected]) -> None:
+def show(recipe: Recipe, found: dict[str, tuple[int, float]]) -> None:
     """Prints what a set would hold and, with `hub.push`, what its publication would do."""
     for config, (rows, size) in found.items():
         kind = "" if config == "images" else f", {recipe.relabel.codec if config == 'soft_labels' else 'dense'}"
