@@ -69,12 +69,9 @@ def parse(argv: list[str]) -> Parsed:
 
 
 def _usage() -> str:
-    own = "\n".join(keys.help_lines(Given))
-    shown = recipes.usage("relabel --images FOLDER|ORG/NAME")
-    for line in keys.help_lines(Recipe):
-        if line.startswith("  --ipc "):  # here the word is the images'
-            shown = shown.replace(f"{line}\n", "")
-    return f"{shown}\n\nimages to label:\n{own}"
+    theirs = next(line for line in keys.help_lines(Recipe) if line.startswith("  --ipc "))  # the word is the images'
+    shown = recipes.usage("relabel --images FOLDER|ORG/NAME").replace(f"{theirs}\n", "")
+    return "\n".join([shown, "\nimages to label:", *keys.help_lines(Given)])
 
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:
