@@ -1,7 +1,6 @@
 """Real image-classification sets: anything `load_dataset` reads, found by the features of its columns."""
 
 import difflib
-import errno
 import hashlib
 import os
 import re
@@ -186,7 +185,7 @@ def _reading(section: recipe.Source) -> Iterator[None]:
             raise InputError(f"source.name: {_line(error)}") from error
         reason = _line(error) + (f" ({_line(error.__cause__)})" if error.__cause__ else "")
         codes = {getattr(failure, "errno", None) for failure in (error, error.__cause__)}
-        if codes & {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error):
+        if codes & disk.FULL.keys() or "disk space" in str(error):
             raise InputError(
                 f"source.path: no room to prepare {section.path} in {datasets.config.HF_DATASETS_CACHE} ({reason}); "
                 "free some space, set HF_HOME to another disk, or write source.streaming: true"

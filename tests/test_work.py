@@ -196,6 +196,14 @@ with disk.lock(Path(sys.argv[1])):
 """
 
 
+def test_a_run_folder_that_cannot_be_written_is_refused_with_one_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a part of the path is a file; choose another output_dir$") as refused:
+        with disk.lock(tmp_path / "file" / "run"):
+            pass
+    assert str(refused.value).count("choose another") == 1
+
+
 def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_holds_nothing(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "held\n"
