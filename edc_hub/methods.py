@@ -94,9 +94,7 @@ def find(method: str) -> Function | None:
         inspect.signature(function).bind(None)
         _source(function)
     except (TypeError, ValueError, OSError) as error:
-        raise InputError(
-            f"method: {method} is no Python function of one argument; write def {name}(task), which returns the images"
-        ) from error
+        raise InputError(f"method: {method} is no Python function of one argument; write def {name}(task)") from error
     return function
 
 

@@ -82,10 +82,7 @@ def _source(recipe: Recipe) -> Iterator[str]:
         if len(source.classes) < 2:
             yield f"source.classes: {len(source.classes)} given, a classifier needs two; add one or write null for all"
     if recipe.moments.patch > source.size:
-        yield (
-            f"moments.patch: {recipe.moments.patch} px is wider than the images (source.size {source.size}); "
-            f"write at most {source.size}"
-        )
+        yield f"moments.patch: {recipe.moments.patch} px is wider than the images; write at most {source.size}"
 
 
 def _observers(recipe: Recipe) -> Iterator[str]:
@@ -94,10 +91,7 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
     if recipe.source.streaming and trained:
-        yield (
-            f"source.streaming: {', '.join(trained)} would be trained here, in random order; "
-            f"write false, or give observers weights"
-        )
+        yield f"source.streaming: {', '.join(trained)} would train in random order; write false, or give it weights"
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
     for section, used in users.items():
@@ -124,10 +118,7 @@ def _initialize(recipe: Recipe) -> Iterator[str]:
     if start.kind == "kmeans" and start.observers and len(chosen := selected(recipe, start.observers)) > 1:
         yield f"initialize.observers: kmeans uses the features of one observer; write [{title(*chosen[0])}]"
     if start.kind == "kmeans" and pictures > start.images_per_class:
-        yield (
-            f"initialize.images_per_class: {start.images_per_class} images cannot give {pictures} centres; "
-            f"write {pictures} or more"
-        )
+        yield f"initialize.images_per_class: {start.images_per_class} cannot give {pictures} centres; write {pictures}"
 
 
 def _synthesize(recipe: Recipe) -> Iterator[str]:
@@ -174,10 +165,7 @@ def _levers(recipe: Recipe) -> Iterator[str]:
     if section.together > observers:
         yield f"synthesize.together: {section.together} observers a step, and there are {observers}; write {observers}"
     if every >= section.iterations:
-        yield (
-            f"synthesize.residual.every: {every} steps, and after the last of {section.iterations} nothing is merged; "
-            "write less, or 0 for never"
-        )
+        yield f"synthesize.residual.every: {every} of {section.iterations} steps merges nothing; write less, or 0"
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
@@ -216,10 +204,7 @@ def _stored(recipe: Recipe) -> Iterator[str]:
         if section.full:
             yield "relabel.full: codec observers stores no views; write false, or codec: dense with a budget"
         if evaluation.labels == "stored":
-            yield (
-                "relabel.codec: observers stores no views, and evaluation.labels is stored; "
-                "write --evaluation.labels online"
-            )
+            yield "relabel.codec: observers stores no views to train on; write --evaluation.labels online"
     elif section.full and section.codec == "dense" and section.budget is None:
         yield "relabel.full: true, but soft_labels has all label epochs as it is; write a budget or another codec"
 
@@ -243,9 +228,6 @@ def _hub(recipe: Recipe) -> Iterator[str]:
         if name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
             yield f"hub.{key}: {name!r} is no name of a repository; write ORG/NAME"
     if section.push and recipe.relabel.codec == "observers" and section.observers is None:
-        yield (
-            "hub.observers: a set without stored views is published with the observers that label it; write "
-            "--hub.observers ORG/NAME, or another relabel.codec"
-        )
+        yield "hub.observers: a set without stored views is published with them; write --hub.observers ORG/NAME"
     if section.tag is not None and not NUMBERED.fullmatch(section.tag):
         yield f"hub.tag: {section.tag!r} is no version; write e.g. v1.0.0, or null"

@@ -190,9 +190,7 @@ def _reading(section: recipe.Source) -> Iterator[None]:
                 f"source.path: no room to prepare {section.path} in {datasets.config.HF_DATASETS_CACHE} ({reason}); "
                 "free some space, set HF_HOME to another disk, or write source.streaming: true"
             ) from error
-        raise InputError(
-            f"source.path: load_dataset cannot read {section.path}: {reason}; give an image set that it reads"
-        ) from error
+        raise InputError(f"source.path: load_dataset cannot read {section.path}: {reason}; give another") from error
 
 
 def _line(error: BaseException) -> str:
@@ -235,9 +233,7 @@ def _only(found: list[str], kind: str, section: recipe.Source, features: dataset
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(
-            f"source.{kind}_column: {section.path} has {len(found)} {kind} columns: {', '.join(found)}; name one"
-        )
+        raise InputError(f"source.{kind}_column: {section.path} has several: {', '.join(found)}; name one")
     raise InputError(
         f"source.{kind}_column: {section.path} has no {kind} column among {', '.join(features)}; "
         f"name the one that holds {kind}s, or give another set"
