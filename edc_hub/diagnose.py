@@ -143,7 +143,7 @@ def _agreement(found: "Finished", options: Options) -> Measure:
     from . import diagnosis
 
     bench, name = found.trained(options.student, options.epochs, EPOCHS)
-    watching, _ = found.observers, bench.judged_on
+    watching = found.observers
     return lambda: diagnosis.agreement(bench, name, found.recipe, found.condensed, watching, found.session)
 
 
