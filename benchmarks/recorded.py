@@ -20,7 +20,7 @@ import torch
 import torch.multiprocessing
 from accelerate import PartialState
 
-from edc_hub import networks, slope, students, synthesize
+from edc_hub import networks, objective, students, synthesize
 from edc_hub.feed import Batch
 from edc_hub.protocol import Evaluation
 from edc_hub.recorded import Recorded
@@ -56,7 +56,7 @@ def milliseconds(student: str, steps: int, recorded: bool) -> float:
 def synthesis(steps: int, recorded: bool, device: str = "cuda") -> float:
     """Milliseconds of one step, over `steps`."""
     torch.set_num_threads(1)
-    slope.Recorded = partial(Recorded, enabled=recorded)
+    objective.Recorded = partial(Recorded, enabled=recorded)
     session = Session(Store(Path("unused")), PartialState(), torch.device(device))
     start, of_class = stages.images(100), torch.arange(10).repeat_interleave(10)
     made = [stages.build(name).to(session.device, memory_format=torch.channels_last) for name in stages.NETWORKS]

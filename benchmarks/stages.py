@@ -28,7 +28,7 @@ from accelerate import PartialState
 from edc_hub import crops, feed, labels, launch, matching, moments, networks, recipes, students, synthesize, views
 from edc_hub.condensed import CondensedSet
 from edc_hub.networks import Network
-from edc_hub.space import Space
+from edc_hub.pixels import Space
 from edc_hub.taps import Taps
 from edc_hub.targets import Targets
 from edc_hub.work import Session, Store, generator

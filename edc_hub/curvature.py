@@ -21,10 +21,10 @@ from .condensed import CondensedSet
 from .initialize import Initial
 from .objective import Observed, pick
 from .observers import Observers
+from .pixels import Space
 from .realset import RealSet
 from .recipe import Recipe, Synthesize
 from .selection import selected, title
-from .space import Space
 from .taps import Taps
 from .targets import Moments
 from .work import Progress, Session

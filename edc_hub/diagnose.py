@@ -10,11 +10,11 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from . import arguments, disk, launch, recipes
+from . import arguments, disk, launch, methods, recipes
 from .errors import InputError
 from .section import Positive, Section, Threads
 
@@ -22,7 +22,8 @@ from .section import Positive, Section, Threads
 if TYPE_CHECKING:
     from .finished import Finished
 
-MEASURES = ("hessian", "gradients", "moments", "views", "agreement")
+Name = Literal["hessian", "gradients", "moments", "views", "agreement"]
+MEASURES = get_args(Name)
 EPOCHS = 100  # of a student that is trained here, where nobody says how many
 Measure = Callable[[], dict[str, Any]]
 
@@ -30,9 +31,7 @@ Measure = Callable[[], dict[str, Any]]
 class Options(Section):
     """What `edc-hub diagnose` takes beside the run."""
 
-    measures: list[Literal["hessian", "gradients", "moments", "views", "agreement"]] = Field(
-        list(MEASURES), description="what to measure; when not given, all that the run can tell"
-    )
+    measures: list[Name] = Field([*MEASURES], description="what to measure; when not given, all that the run can tell")
     every: Positive = Field(25, description="hessian: steps of synthesis between two looks, each at all observers")
     samples: Annotated[int, Field(ge=2)] = Field(8, description="hessian: random vectors of an estimate")
     student: str | None = Field(None, description="gradients, agreement: the first of the protocol when not given")
@@ -109,7 +108,7 @@ def _hessian(found: "Finished", options: Options) -> Measure:
     recipe, method = found.recipe, found.condensed.manifest["method"]
     if recipe.synthesize.iterations == 0:
         raise InputError("the run synthesised nothing (synthesize.iterations 0); leave this measure out")
-    if ":" in recipe.method:
+    if methods.place(recipe.method):
         raise InputError(f"the images were made by {method}, not by synthesize; leave this measure out")
     given = recipe, found.real, found.observers, found.moments(recipe), found.initial, found.condensed, found.session
     return lambda: curvature.along_synthesis(*given, every=options.every, samples=options.samples)
@@ -144,7 +143,7 @@ def _agreement(found: "Finished", options: Options) -> Measure:
     from . import diagnosis
 
     bench, name = found.trained(options.student, options.epochs, EPOCHS)
-    watching, _ = found.observers, bench.judged_on
+    watching = found.observers
     return lambda: diagnosis.agreement(bench, name, found.recipe, found.condensed, watching, found.session)
 
 
@@ -153,13 +152,7 @@ def _refuse_without_views(found: "Finished") -> None:
         raise InputError("the set stores no labelled views (relabel.codec observers); leave this measure out")
 
 
-_PREPARE = {
-    "hessian": _hessian,
-    "gradients": _gradients,
-    "moments": _moments,
-    "views": _views,
-    "agreement": _agreement,
-}
+_PREPARE = dict(zip(MEASURES, (_hessian, _gradients, _moments, _views, _agreement), strict=True))
 
 
 if __name__ == "__main__":

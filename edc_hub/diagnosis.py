@@ -19,7 +19,7 @@ from .condensed import CondensedSet
 from .errors import InputError
 from .feed import Batch, Stored
 from .networks import Network
-from .observers import Observers
+from .observers import Observers, predictions
 from .recipe import Recipe
 from .selection import roles, selected, title
 from .sites import KINDS
@@ -241,11 +241,7 @@ def agreement(
     own = {weights: done.tensors[weights].long() for weights in ("live", "ema")}
     found = {}
     for entry, stages in roles(recipe).items():
-        network, theirs = watching.load(*entry), []
-        for part in images.split(recipe.relabel.batch):
-            with torch.no_grad(), session.autocast():
-                theirs.append(network(part.to(session.device).float() / 255).argmax(1).cpu())
-        theirs = torch.cat(theirs)
+        theirs = predictions(watching.load(*entry), images, session)
         same = {weights: _share(theirs == predicted) for weights, predicted in own.items()}
         found[title(*entry)] = {"roles": stages, "accuracy": _share(theirs == classes), "agreement": same}
     return {

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,19 @@ from .errors import InputError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+REFUSED = {
+    **FULL,
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EFBIG: "the file is larger than this disk or process may write",
+}
+_NO_PATH = {
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EEXIST: "a part of the path is a file",
+    errno.ENAMETOOLONG: "a name in it is too long",
+}
 
 
 def local(path: str | Path, key: str) -> Path:
@@ -97,31 +111,18 @@ def disk_errors(path: Path, key: str = "output_dir") -> Iterator[None]:
 
 
 def _disk_error(error: Exception, key: str = "output_dir") -> str | None:
-    reasons = {
-        errno.ENOSPC: "the disk is full; free some space and run the same command again",
-        errno.EDQUOT: "the disk quota is used up; free some space and run the same command again",
-        errno.EROFS: f"the disk is read-only; choose another {key}",
-        errno.EACCES: f"no permission; choose another {key}",
-        errno.EPERM: f"no permission; choose another {key}",
-        errno.ENOTDIR: f"a part of the path is a file; choose another {key}",
-        errno.EEXIST: f"a part of the path is a file; choose another {key}",
-        errno.ENAMETOOLONG: f"a name in it is too long; choose another {key}",
-        errno.EFBIG: "the file is larger than this disk or process may write",
-    }
-    if isinstance(error, OSError):
-        return reasons.get(error.errno)
+    known = REFUSED | _NO_PATH
     # safetensors writes in Rust and reports its I/O errors as text
-    found = [reason for code, reason in reasons.items() if f"os error {code})" in str(error)]
-    return found[0] if found else None
+    code = error.errno if isinstance(error, OSError) else next((c for c in known if f"os error {c})" in str(error)), 0)
+    remedy = "free some space and run the same command again" if code in FULL else f"choose another {key}"
+    return f"{known[code]}; {remedy}" if code in known else None
 
 
 def sweep(root: Path) -> None:
     """Removes the temporary files that dead processes of this host left below `root`."""
-    host = socket.gethostname()
-    for path in root.rglob(f".*.{host}.*.tmp"):
-        pid = int(path.name.split(".")[-2])
-        ours = path.name.removesuffix(f".{host}.{pid}.tmp").endswith((".safetensors", ".progress"))  # not rack.host's
-        if ours and not psutil.pid_exists(pid):
+    ours = re.compile(rf".*\.(safetensors|progress)\.{re.escape(socket.gethostname())}\.(\d{{1,9}})\.tmp")
+    for path in root.rglob(".*.tmp"):
+        if (found := ours.fullmatch(path.name)) and not psutil.pid_exists(int(found[2])):
             path.unlink(missing_ok=True)
 
 
@@ -164,9 +165,8 @@ def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[N
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
     except OSError as error:
-        raise InputError(
-            f"output_dir: cannot write {folder}: {_disk_error(error) or error}; choose another output_dir"
-        ) from error
+        reason = _disk_error(error) or f"{error}; choose another output_dir"
+        raise InputError(f"output_dir: cannot write {folder}: {reason}") from error
     try:
         yield
     finally:

@@ -1,6 +1,5 @@
 """Images that somebody else has condensed, in the order of our schema and under the classes of our source."""
 
-import json
 import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import disk, pixels, recipe, remote, source
+from . import disk, manifest, pixels, recipe, remote, source
 from .errors import InputError
 from .source import RealSet
 
@@ -53,21 +52,15 @@ def load(given: "Given", section: recipe.Source, real: RealSet) -> Foreign:
     facts = {"id": name, "commit": found.commit, "split": found.split, "fingerprint": found.fingerprint}
     if flags := _flags(given):
         facts["flags"] = flags
-    return Foreign(found.images(rows), ipc, facts, _grid(given.place, found.commit))
+    place, commit = given.place, found.commit
+    made = manifest.there(remote.fetch(place, commit, "manifest.json") if commit else disk.local(place, "images"))
+    return Foreign(found.images(rows), ipc, facts, manifest.grid(made) if "format_version" in made else 1)  # of ours
 
 
 def _flags(given: "Given") -> str:
     """What else the command says of the images, for a card: `--split validation --ipc 1`."""
     named = given.model_dump(exclude={"images", "revision"}, exclude_defaults=True)
     return shlex.join([word for key, value in named.items() for word in (f"--{key}", str(value))])
-
-
-def _grid(place: str, commit: str | None) -> int:
-    folder = remote.fetch(place, commit, "manifest.json") if commit else disk.local(place, "images")
-    try:
-        return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["decode"]["grid"]
-    except (OSError, ValueError, KeyError, TypeError):  # no file of ours
-        return 1
 
 
 def _classes(found: RealSet, section: recipe.Source, real: RealSet) -> Tensor:

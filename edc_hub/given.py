@@ -63,17 +63,15 @@ def parse(argv: list[str]) -> Parsed:
     if "images" not in named:
         raise InputError("images: none given; write --images FOLDER or --images ORG/NAME")
     given = keys.validated(Given, named)
-    parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel")
+    known = {"ipc": given.ipc} if given.ipc else {}
+    parsed = recipes.parse([*rest, *_NOT_USED], prog="relabel", **known)
     return Parsed(given, rest, _adapted(parsed.recipe, given), parsed.dry_run, parsed.print_recipe)
 
 
 def _usage() -> str:
-    own = "\n".join(keys.help_lines(Given))
-    shown = recipes.usage("relabel --images FOLDER|ORG/NAME")
-    for line in keys.help_lines(Recipe):
-        if line.startswith("  --ipc "):  # here the word is the images'
-            shown = shown.replace(f"{line}\n", "")
-    return f"{shown}\n\nimages to label:\n{own}"
+    theirs = next(line for line in keys.help_lines(Recipe) if line.startswith("  --ipc "))  # the word is the images'
+    shown = recipes.usage("relabel --images FOLDER|ORG/NAME").replace(f"{theirs}\n", "")
+    return "\n".join([shown, "\nimages to label:", *keys.help_lines(Given)])
 
 
 def resolve(parsed: Parsed, ipc: int) -> Recipe:

@@ -1,7 +1,6 @@
 """What can go wrong between here and the Hub: what is tried again, what is said of the rest in one line, and whether
 the token that goes with requests can be sent and may write."""
 
-import errno
 import json
 import re
 import time
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import httpx
 
+from . import disk
 from .errors import InputError, first_line
 
 
@@ -31,13 +31,6 @@ _ATTEMPTS = 5
 _PASSING = (408, 429, 500, 502, 503, 504)
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
 _LONGEST = 300.0  # seconds that a Hub may ask to wait: the window of its rate limits
-_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than this disk or process may write",
-    errno.EROFS: "the disk is read-only",
-    errno.EACCES: "no permission",
-}
 
 
 def quiet(_: str) -> None:
@@ -125,13 +118,12 @@ def plain(id: str, reading: str | None = None) -> Iterator[None]:
 
 def _disk(error: Exception) -> str | None:
     for each in _chain(error):
-        if isinstance(each, OSError) and each.errno in _FULL:
+        if isinstance(each, OSError) and (reason := disk.REFUSED.get(each.errno)):
             place = Path(each.filename or constants.HF_HUB_CACHE)  # what is downloaded has no name in the error
-            denied = each.errno in (errno.EACCES, errno.EROFS)
-            remedy = "allow it" if denied else "free some space"
+            remedy = "free some space" if each.errno in disk.FULL else "allow it"
             if any(place.is_relative_to(folder) for folder in (constants.HF_HOME, constants.HF_HUB_CACHE)):
-                return f"HF_HOME: cannot write {place}: {_FULL[each.errno]}; {remedy} or set HF_HOME elsewhere"
-            return f"{place}: {_FULL[each.errno]}; {remedy} and give the same command again"
+                return f"HF_HOME: cannot write {place}: {reason}; {remedy} or set HF_HOME elsewhere"
+            return f"{place}: {reason}; {remedy} and give the same command again"
     return None
 
 

@@ -13,11 +13,10 @@ from torch import Generator, Tensor
 
 from . import canvas, rded, work
 from .errors import InputError
-from .pixels import to_float
+from .pixels import Space, to_float
 from .recipe import Recipe
 from .selection import users
 from .source import RealSet, check_ipc
-from .space import Space
 from .work import Session, Unit
 
 
@@ -92,18 +91,14 @@ def check(recipe: Recipe, real: RealSet) -> None:
     What the recipe alone shows to be impossible is `rules.validate`'s.
     """
     recipe = _of_pictures(recipe)
-    section, need = recipe.initialize, recipe.ipc * recipe.initialize.factor**2
+    section, need = recipe.initialize, recipe.ipc
     if len(real.names) < 2:
         raise InputError(f"source.path: {real.id} has one class, '{real.names[0]}'; a classifier needs two")
-    # noise starts from no image, but its moments need one of each class, and the random controls as many as the set
-    check_ipc(real, 1 if section.kind == "noise" and not recipe.relabel.controls else recipe.ipc)
-    if section.kind == "rded" and section.variant == "rded":
-        smallest = int(torch.bincount(real.labels[real.labels >= 0], minlength=len(real.names)).min())
-        if smallest < need:
-            raise InputError(
-                f"initialize.factor: {recipe.ipc} images of {section.factor}x{section.factor} tiles need {need} real "
-                f"images a class, and {real.id} has a class with {smallest}; lower factor or ipc"
-            )
+    if section.kind == "noise" and not recipe.relabel.controls:
+        need = 1  # it starts from no image, but its moments need one, and the random controls as many as the set
+    elif section.kind == "rded" and section.variant == "rded":
+        need *= section.factor**2
+    check_ipc(real, need)
 
 
 def _of_pictures(recipe: Recipe) -> Recipe:

@@ -161,7 +161,7 @@ def complaint(error: ValidationError, root: type[Section], above: str = "") -> s
         return f"{place}: missing; {_example(path, root, above)}"
     if kind == "value_error":
         text, known = str(context["error"]), table(root).get(path)
-        if known and not known.section:
+        if known and (not known.section or _inner(known.field.annotation)[1]):
             return f"{place}: {text}"  # said about this key; a section's validator begins with the key it means
         return ".".join(filter(None, (place, text)))
     if kind == "invalid_key":

@@ -77,9 +77,7 @@ def check(recipe: Recipe, classes: int, size: int | None = None) -> None:
 
     section = recipe.relabel
     if section.codec == "top_k" and section.top_k > classes:
-        raise InputError(
-            f"relabel.top_k: {section.top_k}, but the source has {classes} classes; write at most {classes}"
-        )
+        raise InputError(f"relabel.top_k: {section.top_k} of {classes} classes; write at most {classes}")
     side, labelling = section.view_size or size or recipe.source.size, dict(users(recipe)["relabel"])
     for net in recipe.observers.networks:
         if net.name in labelling and side != recipe.source.size:  # for which `observers.obtain` builds it

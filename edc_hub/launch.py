@@ -225,7 +225,9 @@ def session(recipe: Recipe, store_root: Path) -> Iterator:
 
 
 def _progress() -> Literal["bars", "lines", "none"]:
-    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
+    from huggingface_hub import constants  # which reads 0 as on
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS:
         return "none"
     return "bars" if sys.stderr.isatty() else "lines"
 

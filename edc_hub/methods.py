@@ -34,8 +34,8 @@ FUNCTIONS: dict[str, str] = {}
 """Shipped methods with code of their own: module:function by name."""
 
 STAGE, VERSION = "methods", 1
-_LATER = ("relabel", "images", "evaluation", "hub")  # sections of what comes after the images
-_RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds")
+_LATER = ("relabel", "images", "evaluation")  # sections of what comes after the images
+RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds", "hub")  # change where and how fast, not what
 
 
 class Task(NamedTuple):
@@ -67,16 +67,22 @@ class Task(NamedTuple):
 Function = Callable[[Task], "Tensor"]
 
 
+def place(method: str) -> str | None:
+    """Where the function of a method stands, module:function; None for a method of values alone."""
+    found = FUNCTIONS.get(method, method)
+    return found if ":" in found else None
+
+
 def find(method: str) -> Function | None:
     """The function of a method; None for one of values alone. Raises InputError where it cannot be imported or called.
 
     A module is looked for where Python looks, and in the current folder.
     """
-    place = FUNCTIONS.get(method, method)
-    module, colon, name = place.partition(":")
-    if not colon:
+    found = place(method)
+    if found is None:
         return None
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", place):
+    module, _, name = found.partition(":")
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", found):
         raise InputError(f"method: {method!r} is no name of a function; write package.module:function")
     function = getattr(_module(module), name, None)
     if function is None:
@@ -88,9 +94,7 @@ def find(method: str) -> Function | None:
         inspect.signature(function).bind(None)
         _source(function)
     except (TypeError, ValueError, OSError) as error:
-        raise InputError(
-            f"method: {method} is no Python function of one argument; write def {name}(task), which returns the images"
-        ) from error
+        raise InputError(f"method: {method} is no Python function of one argument; write def {name}(task)") from error
     return function
 
 
@@ -135,7 +139,7 @@ def obtain(
     from .recipe import Images
     from .selection import snapshots
 
-    unseen = {name: Recipe.model_fields[name].default for name in (*_LATER, *_RUNTIME)}
+    unseen = {name: Recipe.model_fields[name].default for name in (*_LATER, *RUNTIME)}
     seen = recipe.model_copy(update=unseen | {"images": Images(grid=recipe.images.grid)})
     mark = work.fingerprint(
         STAGE,

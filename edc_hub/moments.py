@@ -15,7 +15,7 @@ from torch import Tensor
 from . import work
 from .networks import Network
 from .observers import Observers
-from .pixels import View
+from .pixels import View, to_float
 from .realset import RealSet
 from .recipe import Recipe
 from .selection import selected
@@ -140,7 +140,7 @@ def _text(key: Key) -> str:
 def forward(network: Network, taps: Taps, images: Tensor, session: Session) -> tuple[Tensor, Tensor]:
     """Moments (B, F) about the taps' shift, float32 on the device, of images uint8 (B, 3, s, s)."""
     with torch.no_grad(), session.autocast(), taps:
-        network(images.to(session.device).float() / 255)
+        network(to_float(images, session.device))
     return taps.collect()
 
 

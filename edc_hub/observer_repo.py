@@ -15,8 +15,8 @@ from . import documents, networks, recipes, terms, weights
 from . import manifest as manifests
 from .errors import InputError
 from .networks import Network
-from .recipe import Network as Section
 from .recipe import Recipe
+from .section import Network as Section
 
 
 STAGE = "observers"

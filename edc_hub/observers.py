@@ -16,6 +16,7 @@ from .errors import InputError, naming
 from .networks import Network
 from .pixels import View
 from .realset import RealSet
+from .section import Network as Section
 from .taps import Taps
 from .training import Training, part
 from .work import Progress, Session, Unit, fingerprint, generator, run
@@ -96,14 +97,14 @@ def obtain(given: recipe.Recipe, real: RealSet, session: Session) -> Observers:
         facts["snapshots"] = {}
         for epoch, state in kept.items():
             network.module.load_state_dict(state)
-            accuracy = round(_accuracy(network, *check_images(), session), 4)
+            images, labels = check_images()
+            right = int((predictions(network, images, session) == labels).sum())
+            accuracy = round(right / len(labels), 4)
             facts["snapshots"][str(epoch)] = {"sha256": weights.digest(state), "accuracy": accuracy}
         tensors = {f"{epoch}/{key}": value for epoch, state in kept.items() for key, value in state.items()}
         return tensors, facts
 
-    matched = dict(selection.users(given).get("synthesize", []))
-    if matched and methods.find(given.method):  # which nobody asks for where observers only label
-        matched = {}
+    matched = {} if methods.place(given.method) else dict(selection.users(given).get("synthesize", []))
     for unit in units.values():
         if not session.store.has(unit):
             network = start(unit.name, 0)
@@ -122,7 +123,7 @@ def least_accuracy(classes: int) -> float:
     return min(2 / classes, (1 + 1 / classes) / 2)
 
 
-def untrained(given: recipe.Recipe, net: recipe.Network, classes: int, session: Session) -> Network:
+def untrained(given: recipe.Recipe, net: Section, classes: int, session: Session) -> Network:
     """An observer with random weights, otherwise as `Observers.load` gives it: for measuring time, not for results."""
     with naming(f"observers.networks: {net.name}"):
         if net.weights:
@@ -142,7 +143,7 @@ def _published(arch: str) -> str:
 
 
 def _fingerprint(
-    given: recipe.Recipe, net: recipe.Network, real: RealSet, found: weights.Weights | None, session: Session
+    given: recipe.Recipe, net: Section, real: RealSet, found: weights.Weights | None, session: Session
 ) -> str:
     spec = net.model_dump(mode="json", exclude={"name", "weights"})
     if net.train and net.train.ema:
@@ -167,7 +168,7 @@ def _fingerprint(
 
 
 def _train(
-    network: Network, net: recipe.Network, real: RealSet, session: Session, seed: int, progress: Progress
+    network: Network, net: Section, real: RealSet, session: Session, seed: int, progress: Progress
 ) -> dict[int, State]:
     """SGD with cross-entropy on `network` in place; returns the state after each epoch of `snapshots`.
 
@@ -254,14 +255,12 @@ def _copy(network: Network) -> State:
 
 
 @torch.no_grad()
-def _accuracy(network: Network, images: Tensor, labels: Tensor, session: Session) -> float:
+def predictions(network: Network, images: Tensor, session: Session) -> Tensor:
+    """The class int64 (n,) that a network sees in each of images uint8 (n, 3, s, s), on the CPU."""
     network.eval()
-    right = torch.zeros((), dtype=torch.int64, device=session.device)
-    for batch, label in zip(images.split(CHECK_BATCH), labels.split(CHECK_BATCH), strict=True):
-        x = _pixels(batch, session)
-        with session.autocast():
-            right += (network(x).argmax(1) == label.to(session.device)).sum()
-    return right.item() / len(labels)
+    with session.autocast():
+        found = [network(_pixels(batch, session)).argmax(1) for batch in images.split(CHECK_BATCH)]
+    return torch.cat(found).cpu()
 
 
 def _report(given: recipe.Recipe, observers: Observers, session: Session, names: set[str]) -> None:

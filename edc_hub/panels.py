@@ -1,6 +1,5 @@
 """A diagnosis shown: one panel a measure in a picture, as in EDC's Figure 2, and a table for terminals."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,9 +173,7 @@ def _agreement_lines(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-Panel, Lines = Callable[["Axes", dict[str, Any]], str], Callable[[dict[str, Any]], list[str]]
-
-_MEASURES: dict[str, tuple[Panel, Lines]] = {
+_MEASURES = {
     "hessian": (_hessian, _hessian_lines),
     "gradients": (_gradients, _gradient_lines),
     "moments": (_moments, _moment_lines),

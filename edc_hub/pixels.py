@@ -1,4 +1,5 @@
-"""From an encoded image to pixels: decoding, squaring, and the random crops that are decided by (seed, row) alone."""
+"""From an encoded image to pixels: decoding, squaring, and the random crops that are decided by (seed, row) alone; and
+the space in which pixels are optimised."""
 
 import math
 from io import BytesIO
@@ -10,6 +11,8 @@ import PIL.ImageOps
 import torch
 from datasets.utils.file_utils import xopen
 from torch import Tensor
+
+from .recipe import Source
 
 
 class View(NamedTuple):
@@ -138,3 +141,35 @@ def pad_crop(images: Tensor, draws: np.ndarray, pad: int, flip: bool) -> Tensor:
         xs = torch.where(draws[:, 2:] < 0.5, xs.flip(1), xs)
     rows = torch.arange(len(images))[:, None, None]
     return padded[rows, :, ys[:, :, None], xs[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+class Space:
+    """The map between stored images, the optimised `z` and what networks see. Shapes (B, 3, s, s).
+
+    In `z` learning rates, noise and penalties are in units of the source's std.
+    """
+
+    def __init__(self, source: Source, device: torch.device):
+        self.mean = torch.tensor(source.mean, device=device).view(1, 3, 1, 1)
+        self.std = torch.tensor(source.std, device=device).view(1, 3, 1, 1)
+
+    def to_z(self, images: Tensor) -> Tensor:
+        """uint8 to normalised float32."""
+        return self.normalise(to_float(images, self.mean.device))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """[0, 1] to normalised float."""
+        return (x - self.mean) / self.std
+
+    def to_x(self, z: Tensor) -> Tensor:
+        """Normalised float to [0, 1]."""
+        return z * self.std + self.mean
+
+    def clamp(self, z: Tensor) -> None:
+        """Keeps x in [0, 1], in place."""
+        with torch.no_grad():
+            z.clamp_(-self.mean / self.std, (1 - self.mean) / self.std)
+
+    def to_bytes(self, z: Tensor) -> Tensor:
+        """Normalised float to uint8 on the CPU, rounded."""
+        return self.to_x(z).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,23 +29,16 @@ from . import (
     views,
 )
 from .networks import Network
-from .objective import Objective, Observed
+from .objective import Objective, Observed, Slope
+from .pixels import to_float
 from .recipe import Recipe
 from .recorded import PLAIN, Recorded
 from .section import Network as Section
 from .selection import users
-from .slope import Slope
 from .source import RealSet
 from .taps import Taps
 from .targets import Targets
 from .work import Session
-
-
-class Projected(NamedTuple):
-    """What a configuration would hold."""
-
-    rows: int
-    bytes: float
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -80,8 +73,10 @@ def project(
     rows, classes, processes = real.rows(), len(real.names), session.state.num_processes
     generator = torch.Generator().manual_seed(0)
     together = min(recipe.synthesize.block, classes * recipe.ipc)
-    picked = rows[torch.randperm(len(rows), generator=generator)[: max(recipe.moments.batch, together)]]
-    images, labels, _ = next(iter(real.batches(picked.sort().values, len(picked))))
+    if not recipe.source.streaming:  # of a stream the first rows are read, and no more
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+    picked = rows[: max(recipe.moments.batch, together)].sort().values
+    images, labels, _ = next(iter(real.batches(picked, len(picked))))
     images, labels = images.to(session.device), labels.to(session.device)
     size, total, count = len(images), classes * recipe.ipc, len(rows)
     shown = images if shown is None else shown[:size].to(session.device)
@@ -131,7 +126,7 @@ def project(
     side = shown.shape[-1]
     table = views.sample(recipe.relabel, torch.arange(len(shown)), side, generator)
     viewed = clock("views", views.apply, shown, table, recipe.relabel.view_size or side) / len(shown)
-    labelled = _label_epochs(recipe, total, classes) * _sets(recipe)
+    labelled = _label_epochs(recipe, total, classes) * sets(recipe)
     if recipe.relabel.full:
         labelled += recipe.relabel.epochs - _label_epochs(recipe, total, classes)
     return {
@@ -160,7 +155,7 @@ def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
 
     def forward(images: Tensor) -> Tensor:
         with torch.no_grad(), session.autocast():
-            return network(images.float() / 255)
+            return network(to_float(images, session.device))
 
     return Recorded(forward, session.device)
 
@@ -168,7 +163,7 @@ def _looking(network: Network, session: Session) -> Callable[[Tensor], Tensor]:
 def _training(net: Section, network: Network, session: Session) -> Callable[[Tensor, Tensor], Tensor]:
     """A step of an observer's training, on uint8 images and labels; `network` stays as it is."""
     training = observers.trainer(copy.deepcopy(network).train().requires_grad_(True), net.train, session)
-    return lambda images, labels: training.descend(images.float() / 255, labels)
+    return lambda images, labels: training.descend(to_float(images, session.device), labels)
 
 
 def _iterating(
@@ -178,7 +173,7 @@ def _iterating(
     section = recipe.synthesize.model_copy(update={"pick": "turn"})  # there is one to pick from
     taps = Taps(network, patch=recipe.moments.patch, layers=section.layers)
     with torch.no_grad(), taps:
-        network(images.float() / 255)
+        network(to_float(images, session.device))
     first, second = taps.collect()
     mean, var = matching.group(first, second, taps.shift, torch.full((1, len(images)), 1 / len(images)).to(first))
     present = labels.unique().cpu()
@@ -203,28 +198,28 @@ def _print(recipe: Recipe, real: RealSet) -> None:
     classes, total = len(real.names), len(real.names) * recipe.ipc
     found = sizes(recipe, real.images(real.rows()[: min(32, len(real.rows()))]), total, classes)
     show(recipe, found)
-    sets, full = _sets(recipe), found.get("soft_labels_full", Projected(0, 0)).bytes
+    count, full = sets(recipe), found.get("soft_labels_full", (0, 0))[1]
     # labels lie in artifacts/views too, dense
     made = total * _label_epochs(recipe, total, classes) * (_view_bytes(recipe) + 2 * classes)
-    whole = sets * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
-    print(f"{'disk':<14}{sets:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
+    whole = count * (sum(size for _, size in found.values()) - full + made) + full + max(0, full - made)
+    print(f"{'disk':<14}{count:>12} sets  {whole / 2**20:>12.1f} MiB, controls and shared artifacts included")
 
 
-def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, Projected]:
+def sizes(recipe: Recipe, sample: Tensor, total: int, classes: int) -> dict[str, tuple[int, float]]:
     """Rows and bytes of each configuration of `total` images, from a sample of them uint8 (n, 3, s, s)."""
     sample = sample[:32]
     image = sum(map(len, encoding.encode(sample, recipe.images))) / len(sample) + 2 * classes
-    found = {"images": Projected(total, total * image)}
+    found = {"images": (total, total * image)}
     if rows := total * _label_epochs(recipe, total, classes):
         row = _view_bytes(recipe) + codecs.row_bytes(recipe.relabel, classes)
-        found["soft_labels"] = Projected(rows, rows * row)
+        found["soft_labels"] = rows, rows * row
     if recipe.relabel.full:
         rows = total * recipe.relabel.epochs
-        found["soft_labels_full"] = Projected(rows, rows * (_view_bytes(recipe) + 2 * classes))
+        found["soft_labels_full"] = rows, rows * (_view_bytes(recipe) + 2 * classes)
     return found
 
 
-def show(recipe: Recipe, found: dict[str, Projected]) -> None:
+def show(recipe: Recipe, found: dict[str, tuple[int, float]]) -> None:
     """Prints what a set would hold and, with `hub.push`, what its publication would do."""
     for config, (rows, size) in found.items():
         kind = "" if config == "images" else f", {recipe.relabel.codec if config == 'soft_labels' else 'dense'}"
@@ -235,8 +230,8 @@ def show(recipe: Recipe, found: dict[str, Projected]) -> None:
         print(publish.planned(recipe, {config: size for config, (_, size) in found.items()}))
 
 
-def _sets(recipe: Recipe) -> int:
-    """The set and its controls."""
+def sets(recipe: Recipe) -> int:
+    """How many sets a run makes: its own and the controls."""
     own = 1 + (recipe.method != "relabel")  # what others' images started from nobody knows
     return own + recipe.relabel.random_draws if recipe.relabel.controls else 1
 

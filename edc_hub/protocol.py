@@ -7,7 +7,7 @@ it stand above its values. Nothing here imports torch.
 import re
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from . import keys
 from .errors import InputError
@@ -19,12 +19,11 @@ from .section import (
     Decay,
     Fraction,
     Name,
-    Network,
+    Networks,
     Positive,
     Rate,
     Section,
     ViewSettings,
-    refuse_twins,
 )
 
 
@@ -55,7 +54,7 @@ class Evaluation(Section):
     labels: Literal["stored", "online", "mean", "hard"] = Field(
         "stored", description="stored views and labels | teachers label each batch | one soft label an image | classes"
     )
-    teachers: list[Network] = Field([], description="networks that label online; the set's observers when empty")
+    teachers: Networks = Field([], description="networks that label online; the set's observers when empty")
     augment: Literal["set", "own", "none"] = Field(
         "set", description="views drawn as the set's were | by the keys of evaluation.view | whole images"
     )
@@ -86,11 +85,6 @@ class Evaluation(Section):
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field("float32", description="arithmetic of students")
     per_student: dict[str, dict[str, Any]] = Field({}, description="keys of one student: {convnet3: {lr: 0.01}}")
-
-    @model_validator(mode="after")
-    def _unique(self):
-        refuse_twins(self.teachers, "teachers", "networks")
-        return self
 
 
 def in_use(section: Evaluation) -> Evaluation:

@@ -21,7 +21,7 @@ from .section import (
     Flatness,
     Fraction,
     Name,
-    Network,
+    Networks,
     Numbered,
     Positive,
     Rate,
@@ -30,7 +30,6 @@ from .section import (
     Threads,
     Train,
     ViewSettings,
-    refuse_twins,
 )
 
 
@@ -68,7 +67,7 @@ class Observers(Section):
 
     seed: Count = Field(0, description="seed of their training; not `seed`, so that sets of many seeds share them")
     train: Train = Field(Train(), description="training of every network without weights; a network's train overrides")
-    networks: list[Network] = Field([], description="the observers, with unique names")
+    networks: Networks = Field([], description="the observers, with unique names")
     check_images: Positive = Field(2000, description="training images that an observer's accuracy is checked on")
 
     @model_validator(mode="before")
@@ -86,11 +85,6 @@ class Observers(Section):
                     net = {**net, "train": {**shared, **(own or {})}}
             networks.append(net)
         return {**data, "networks": networks}
-
-    @model_validator(mode="after")
-    def _unique(self):
-        refuse_twins(self.networks, "networks", "observers")
-        return self
 
 
 class Moments(Section):

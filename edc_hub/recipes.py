@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from . import arguments, documents, keys
 from .documents import load
 from .errors import InputError
+from .methods import RUNTIME
 from .protocol import Evaluation, named_students
 from .recipe import Recipe
 from .rules import validate
@@ -30,7 +31,6 @@ _FLAGS = {
 }
 _OTHERS = ("methods", "protocols", "evaluation", "sweeps", "published")  # what else lies in the folder of recipes
 BASE = "edc"  # the method whose values one from outside has
-_RUNTIME = ("output_dir", "threads", "device", "checkpoint_seconds", "hub")  # change where and how fast, not what
 
 
 class Parsed(NamedTuple):
@@ -260,7 +260,7 @@ def dump(recipe: Recipe) -> str:
 
 def published(recipe: Recipe) -> str:
     """The recipe as a data set carries it: nothing of the run or the machine, local paths by their last part."""
-    content = {name: value for name, value in recipe.model_dump().items() if name not in _RUNTIME}
+    content = {name: value for name, value in recipe.model_dump().items() if name not in RUNTIME}
     content["source"]["path"] = _portable(recipe.source.path)
     options = content["options"].items()
     content["options"] = {name: _portable(value) if isinstance(value, str) else value for name, value in options}

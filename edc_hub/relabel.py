@@ -76,22 +76,19 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
 
     Raises InputError where they do not go together, and for a run folder that is finished and of others.
     """
-    from . import foreign, labels, source
+    from . import foreign, labels, rules, source
 
     folder = launch.run_folder(parsed.recipe)
     real = launch.images(parsed.recipe, folder)
     with _naming_flags():
         found = foreign.load(parsed.given, parsed.recipe.source, real)
     recipe = given.resolve(parsed, found.ipc)
-    size, strips = found.images.shape[-1], recipe.relabel.shuffle
-    if strips and size % strips:
-        raise InputError(f"relabel.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0")
+    size, grid = found.images.shape[-1], recipe.images.grid
     labels.check(recipe, len(real.names), size)
-    if found.grid > 1 and found.grid != recipe.images.grid:
+    if found.grid > 1 and found.grid != grid:
         what = f"--images: those of {found.facts['id']} are canvases of {found.grid} x {found.grid} pictures"
         raise InputError(f"{what}; write --images.grid {found.grid}")
-    if size % (grid := recipe.images.grid):
-        raise InputError(f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of it, or 1")
+    rules.validate_cuts(recipe, size)
     if recipe.relabel.controls:
         source.check_ipc(real, recipe.ipc * grid**2)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
@@ -140,13 +137,13 @@ def show_plan(parsed: Parsed, session: "Session") -> None:
     from . import plan
 
     foreign, recipe, real = read(parsed)
-    section, count, classes = recipe.relabel, len(foreign.images), len(real.names)
+    count, classes = len(foreign.images), len(real.names)
     networks = plan.untrained(recipe, classes, session)
     if session.state.is_main_process:
         print(f"{foreign.facts['id']}: {classes} classes, {recipe.ipc} images each, {foreign.images.shape[-1]} px")
         print(f"run folder: {launch.run_folder(recipe)}")
         print(f"observers: {', '.join(net.name for net in recipe.observers.networks)}")
-        print(f"sets: {1 + section.random_draws * section.controls}", flush=True)
+        print(f"sets: {plan.sets(recipe)}", flush=True)
     seconds = plan.project(recipe, real, networks, session, foreign.images)
     if session.state.is_main_process:
         plan.times({stage: seconds[stage] for stage in ("observers", "relabel")})

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from . import methods
 from .errors import InputError
-from .methods import FUNCTIONS
 from .protocol import Evaluation, named_students, of_student, student_name
 from .recipe import Recipe
 from .selection import selected, title
@@ -18,6 +18,7 @@ def validate(recipe: Recipe) -> None:
     for rules in (_options, _source, _observers, _initialize, _synthesize, _relabel, _images, _hub):
         for problem in rules(recipe):
             raise InputError(problem)
+    validate_cuts(recipe, recipe.source.size)
     validate_protocol(recipe.evaluation, recipe.source.size)
 
 
@@ -49,13 +50,24 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
             )
         if each.teachers and each.labels != "online":
             yield f"evaluation.teachers: none labels with labels: {each.labels}; write labels: online, or teachers: []"
-        if each.augment == "own" and (strips := each.view.shuffle) and size % strips:
-            yield f"evaluation.view.shuffle: {strips} strips do not divide {size} px; write a divisor of it, or 0"
+        if each.augment == "own":
+            _divides("evaluation.view.shuffle", each.view.shuffle, "strips", size, 0)
+
+
+def validate_cuts(recipe: Recipe, size: int) -> None:
+    """Raises InputError where images of `size` px cannot be cut into equal parts as the recipe says."""
+    _divides("initialize.factor", recipe.initialize.factor, "tiles", size, 1)
+    _divides("relabel.shuffle", recipe.relabel.shuffle, "strips", size, 0)
+    _divides("images.grid", recipe.images.grid, "pictures a side", size, 1)
+
+
+def _divides(key: str, parts: int, noun: str, size: int, none: int) -> None:
+    if parts and size % parts:
+        raise InputError(f"{key}: {parts} {noun} do not divide {size} px; write a divisor of it, or {none}")
 
 
 def _options(recipe: Recipe) -> Iterator[str]:
-    plain = recipe.method != "relabel" and recipe.method not in FUNCTIONS and ":" not in recipe.method
-    if recipe.options.model_extra and plain:
+    if recipe.options.model_extra and recipe.method != "relabel" and not methods.place(recipe.method):
         yield (
             f"options.{min(recipe.options.model_extra)}: method {recipe.method} reads no options; remove it, or write "
             "method: package.module:function"
@@ -71,10 +83,7 @@ def _source(recipe: Recipe) -> Iterator[str]:
         if len(source.classes) < 2:
             yield f"source.classes: {len(source.classes)} given, a classifier needs two; add one or write null for all"
     if recipe.moments.patch > source.size:
-        yield (
-            f"moments.patch: {recipe.moments.patch} px is wider than the images (source.size {source.size}); "
-            f"write at most {source.size}"
-        )
+        yield f"moments.patch: {recipe.moments.patch} px is wider than the images; write at most {source.size}"
 
 
 def _observers(recipe: Recipe) -> Iterator[str]:
@@ -83,10 +92,7 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
     if recipe.source.streaming and trained:
-        yield (
-            f"source.streaming: {', '.join(trained)} would be trained here, in random order; "
-            f"write false, or give observers weights"
-        )
+        yield f"source.streaming: {', '.join(trained)} would train in random order; write false, or give it weights"
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
     for section, used in users.items():
@@ -97,16 +103,11 @@ def _observers(recipe: Recipe) -> Iterator[str]:
 
 
 def _initialize(recipe: Recipe) -> Iterator[str]:
-    start, size = recipe.initialize, recipe.source.size
+    start = recipe.initialize
     if start.factor > 1 and start.kind != "rded":
         yield f"initialize.factor: {start.factor} tiles a side need kind rded, got {start.kind}; write 1 or kind: rded"
     if start.difficulty != "easiest" and start.kind != "rded":
         yield f"initialize.difficulty: {start.difficulty} crops need kind rded, got {start.kind}; write easiest"
-    if size % start.factor:
-        yield (
-            f"initialize.factor: {start.factor} tiles do not divide {size} px; "
-            f"write a divisor of source.size, or change that"
-        )
     pictures = recipe.ipc * recipe.images.grid**2
     wanted = pictures * start.factor**2
     drawn = _EDC_CROPS if start.variant == "edc" else start.images_per_class
@@ -118,10 +119,7 @@ def _initialize(recipe: Recipe) -> Iterator[str]:
     if start.kind == "kmeans" and start.observers and len(chosen := selected(recipe, start.observers)) > 1:
         yield f"initialize.observers: kmeans uses the features of one observer; write [{title(*chosen[0])}]"
     if start.kind == "kmeans" and pictures > start.images_per_class:
-        yield (
-            f"initialize.images_per_class: {start.images_per_class} images cannot give {pictures} centres; "
-            f"write {pictures} or more"
-        )
+        yield f"initialize.images_per_class: {start.images_per_class} cannot give {pictures} centres; write {pictures}"
 
 
 def _synthesize(recipe: Recipe) -> Iterator[str]:
@@ -168,10 +166,7 @@ def _levers(recipe: Recipe) -> Iterator[str]:
     if section.together > observers:
         yield f"synthesize.together: {section.together} observers a step, and there are {observers}; write {observers}"
     if every >= section.iterations:
-        yield (
-            f"synthesize.residual.every: {every} steps, and after the last of {section.iterations} nothing is merged; "
-            "write less, or 0 for never"
-        )
+        yield f"synthesize.residual.every: {every} of {section.iterations} steps merges nothing; write less, or 0"
 
 
 def _sizes(recipe: Recipe) -> Iterator[str]:
@@ -194,14 +189,12 @@ def other_tiles(network: str, side: int) -> str:
 
 
 def _relabel(recipe: Recipe) -> Iterator[str]:
-    section, size = recipe.relabel, recipe.source.size
+    section = recipe.relabel
     if section.batch == 1 and section.mix != "none":
         yield f"relabel.batch: {section.mix} mixes two views of a batch, got 1; write 2 or more, or mix: none"
     if section.batch == 1 and section.observer_mode == "batch":
         yield "relabel.batch: observer_mode batch needs statistics of a batch, got 1; write 2 or more"
     yield from _stored(recipe)
-    if section.shuffle and size % section.shuffle:
-        yield f"relabel.shuffle: {section.shuffle} strips do not divide {size} px; write a divisor of it, or 0"
 
 
 def _stored(recipe: Recipe) -> Iterator[str]:
@@ -212,18 +205,13 @@ def _stored(recipe: Recipe) -> Iterator[str]:
         if section.full:
             yield "relabel.full: codec observers stores no views; write false, or codec: dense with a budget"
         if evaluation.labels == "stored":
-            yield (
-                "relabel.codec: observers stores no views, and evaluation.labels is stored; "
-                "write --evaluation.labels online"
-            )
+            yield "relabel.codec: observers stores no views to train on; write --evaluation.labels online"
     elif section.full and section.codec == "dense" and section.budget is None:
         yield "relabel.full: true, but soft_labels has all label epochs as it is; write a budget or another codec"
 
 
 def _images(recipe: Recipe) -> Iterator[str]:
-    grid, size, factor = recipe.images.grid, recipe.source.size, recipe.initialize.factor
-    if size % grid:
-        yield f"images.grid: {grid} pictures a side do not divide {size} px; write a divisor of source.size, or 1"
+    grid, factor = recipe.images.grid, recipe.initialize.factor
     if grid > 1 and factor > 1:
         yield f"initialize.factor: {factor}, and images.grid {grid} has its own tiles; write 1 for one of the two"
     if recipe.relabel.codec != "observers" and recipe.relabel.epochs < grid**2:
@@ -241,9 +229,6 @@ def _hub(recipe: Recipe) -> Iterator[str]:
         if name is not None and (problem := misnamed(name)):
             yield f"hub.{key}: {problem}"
     if section.push and recipe.relabel.codec == "observers" and section.observers is None:
-        yield (
-            "hub.observers: a set without stored views is published with the observers that label it; write "
-            "--hub.observers ORG/NAME, or another relabel.codec"
-        )
+        yield "hub.observers: a set without stored views is published with them; write --hub.observers ORG/NAME"
     if section.tag is not None and not NUMBERED.fullmatch(section.tag):
         yield f"hub.tag: {section.tag!r} is no version; write e.g. v1.0.0, or null"

@@ -25,8 +25,8 @@ def _countable(value: float) -> float:
 def _plain(args: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(args, allow_nan=False)
-    except (TypeError, ValueError) as error:  # a date, as YAML reads 2024-01-01; no number
-        raise ValueError(f"expected plain values, got {str(args)[:60]}; write dates in quotes") from error
+    except (TypeError, ValueError):  # a date, as YAML reads 2024-01-01; .nan and .inf
+        raise ValueError(f"expected plain values, got {args!s:.60}; write finite numbers, dates in quotes") from None
     return args
 
 
@@ -114,12 +114,15 @@ class Network(Section):
         return self
 
 
-def refuse_twins(networks: list[Network], key: str, noun: str) -> None:
-    """Raises ValueError where two networks have one name, by which stages and files know them."""
+def _no_twins(networks: list[Network]) -> list[Network]:
     names = [network.name for network in networks]
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{key}: two {noun} are called '{name}'; give each its own name")
+            raise ValueError(f"two networks are called '{name}'; give each its own name")
+    return networks
+
+
+Networks = Annotated[list[Network], AfterValidator(_no_twins)]  # stages and files know them by their names
 
 
 class ViewSettings(Section):

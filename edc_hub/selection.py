@@ -3,7 +3,8 @@
 from collections.abc import Collection
 
 from .errors import InputError
-from .recipe import Network, Recipe
+from .recipe import Recipe
+from .section import Network
 
 
 def snapshots(network: Network) -> list[int]:

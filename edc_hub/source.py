@@ -1,7 +1,6 @@
 """Real image-classification sets: anything `load_dataset` reads, found by the features of its columns."""
 
 import difflib
-import errno
 import hashlib
 import os
 import re
@@ -86,7 +85,7 @@ def check_ipc(real: RealSet, ipc: int) -> None:
         others = f" ({short} classes have fewer than {ipc})" if short > 1 else ""
         raise InputError(
             f"ipc: {ipc} images a class, but class '{real.names[least]}' of {real.id} has {counts[least]}{others}; "
-            f"lower ipc or leave such classes out with source.classes"
+            "lower ipc, or initialize.factor or images.grid that multiply it, or leave such out with source.classes"
         )
 
 
@@ -181,21 +180,17 @@ def _reading(section: recipe.Source) -> Iterator[None]:
         raise InputError(
             f"source.{key}: {_line(error)}; check the spelling, or run `hf auth login` if it is private or gated"
         ) from error
-    except ValueError as error:
-        if "onfig" in str(error) and ("not found" in str(error) or "missing" in str(error)):
-            raise InputError(f"source.name: {_line(error)}") from error
-        raise InputError(f"source.path: load_dataset cannot read {section.path}: {_line(error)}") from error
     except Exception as error:  # any reader of any format
+        if isinstance(error, ValueError) and re.search("onfig.* (not found|missing)", str(error)):
+            raise InputError(f"source.name: {_line(error)}") from error
         reason = _line(error) + (f" ({_line(error.__cause__)})" if error.__cause__ else "")
         codes = {getattr(failure, "errno", None) for failure in (error, error.__cause__)}
-        if codes & {errno.ENOSPC, errno.EDQUOT} or "disk space" in str(error):
+        if codes & disk.FULL.keys() or "disk space" in str(error):
             raise InputError(
                 f"source.path: no room to prepare {section.path} in {datasets.config.HF_DATASETS_CACHE} ({reason}); "
                 "free some space, set HF_HOME to another disk, or write source.streaming: true"
             ) from error
-        raise InputError(
-            f"source.path: load_dataset cannot read {section.path}: {reason}; give an image set that it reads"
-        ) from error
+        raise InputError(f"source.path: load_dataset cannot read {section.path}: {reason}; give another") from error
 
 
 def _line(error: BaseException) -> str:
@@ -238,9 +233,7 @@ def _only(found: list[str], kind: str, section: recipe.Source, features: dataset
     if len(found) == 1:
         return found[0]
     if found:
-        raise InputError(
-            f"source.{kind}_column: {section.path} has {len(found)} {kind} columns: {', '.join(found)}; name one"
-        )
+        raise InputError(f"source.{kind}_column: {section.path} has several: {', '.join(found)}; name one")
     raise InputError(
         f"source.{kind}_column: {section.path} has no {kind} column among {', '.join(features)}; "
         f"name the one that holds {kind}s, or give another set"

@@ -17,13 +17,12 @@ from .errors import InputError
 from .initialize import Initial
 from .moments import of_images
 from .networks import Network
-from .objective import AVERAGED, Objective, Observed
+from .objective import AVERAGED, Objective, Observed, Slope
 from .observers import Observers
+from .pixels import Space
 from .recipe import Recipe, Synthesize
 from .selection import selected
-from .slope import Slope
 from .source import RealSet
-from .space import Space
 from .targets import Moments, Targets
 from .work import Progress, Session, Unit
 

@@ -11,8 +11,8 @@ from .errors import InputError
 from .feed import Teach
 from .networks import Network
 from .protocol import Evaluation
-from .recipe import Network as Section
 from .recipe import Recipe, Source
+from .section import Network as Section
 from .selection import selected, title
 from .views import ViewTable
 from .work import Kept, Session

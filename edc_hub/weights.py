@@ -88,9 +88,7 @@ def _torchvision(arch: str, weights: str) -> Weights:
     try:
         known = torchvision.models.get_model_weights(name)
     except ValueError:
-        raise InputError(
-            f"weights: {weights}: torchvision has no weights for {name}; give a Hub id or a file"
-        ) from None
+        raise InputError(f"weights: torchvision has no weights for {name}; give a Hub id or a file") from None
     if member not in known.__members__:
         there = ", ".join(f"torchvision/{m}" for m in known.__members__)
         raise InputError(f"weights: no {weights} for {name}; there are: {there}")
@@ -154,9 +152,7 @@ def _fetch(repo: str, revision: str | None, names: tuple[str, ...], *, dry_run: 
             if isinstance(error, LocalEntryNotFoundError) and name != names[-1]:
                 continue  # without a network: what the cache has
             reason = first_line(error)
-            raise InputError(
-                f"weights: cannot get {repo} from the Hub ({reason}); check the id or give a file"
-            ) from error
+            raise InputError(f"weights: cannot get {repo} from the Hub ({reason}); check it or give a file") from error
     raise InputError(f"weights: {repo} has no {' or '.join(names)} on the Hub; download its weights and name the file")
 
 

@@ -85,7 +85,7 @@ def test_top_k_of_all_classes_loses_nothing_and_more_than_there_are_is_refused()
     assert torch.equal(codecs.decode(codecs.encode(soft, Relabel(codec="top_k", top_k=5)), 5), soft)
     labels.check(recipe(relabel={"codec": "top_k", "top_k": 5}), 5)
     labels.check(recipe(relabel={"codec": "dense", "top_k": 10}), 5)
-    with pytest.raises(InputError, match="relabel.top_k: 6, but the source has 5 classes; write at most 5"):
+    with pytest.raises(InputError, match="relabel.top_k: 6 of 5 classes; write at most 5"):
         labels.check(recipe(relabel={"codec": "top_k", "top_k": 6}), 5)
 
 
@@ -287,7 +287,7 @@ def test_a_control_has_as_many_label_epochs_as_its_set(session):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        (["--relabel.codec", "observers"], "relabel.codec: observers stores no views, .* --evaluation.labels online"),
+        (["--relabel.codec", "observers"], "relabel.codec: observers stores no views .* --evaluation.labels online"),
         (["--relabel.codec", "observers", "--relabel.budget", "3"], "relabel.budget: codec observers"),
         (["--relabel.codec", "observers", "--relabel.full", "true"], "relabel.full: codec observers"),
         (["--relabel.full", "true"], "relabel.full: true, but soft_labels has all label epochs"),

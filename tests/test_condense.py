@@ -18,7 +18,8 @@ from helpers_evaluation import MACHINE, NAMES, condensed, write_source
 from safetensors.torch import load_file, save_file
 from toys import write_parquet
 
-from edc_hub import condense, disk, launch, pictures, recipes, work
+from edc_hub import condense, disk, launch, pictures, plan, recipes, source, work
+from edc_hub.recipe import Recipe
 
 
 RECIPE = {
@@ -342,6 +343,15 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe, tmp_path, capsys):
     for word in ("observers", "moments", "initialize", "synthesize", "relabel", "images", "soft_labels", "disk"):
         assert word in out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_stream_reads_no_further_than_its_first_images(session, monkeypatch):
+    made = Recipe.model_validate({"ipc": 1, "source": {"streaming": True}, "moments": {"batch": 20}})
+    real, seen = source.load(made.source), []
+    read = real.source.read
+    monkeypatch.setattr(real.source, "read", lambda rows: seen.extend(rows) or read(rows))
+    plan.project(made, real, {}, session)
+    assert seen == list(range(20))
 
 
 def test_what_a_killed_run_was_building_is_not_taken_for_somebody_elses(tmp_path):

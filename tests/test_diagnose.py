@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from edc_hub import (
     evaluate,
     finished,
     labels,
+    methods,
     networks,
     recipes,
     students,
@@ -359,6 +361,14 @@ def test_artefacts_that_are_not_there_are_not_made_again(toy_run, tmp_path, caps
     wrong = refused(capsys, tmp_path / "runs/moved", "--measures", "views")
     assert wrong.startswith("views: run: observers/plain is not in ")
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_images_that_a_function_made_have_no_hessian(monkeypatch):
+    monkeypatch.setitem(methods.FUNCTIONS, "blend", "nobodys.module:blend")
+    for method in ("blend", "package.module:function"):
+        made = SimpleNamespace(recipe=Recipe(method=method), condensed=SimpleNamespace(manifest={"method": method}))
+        with pytest.raises(InputError, match=f"the images were made by {method}, not by synthesize"):
+            diagnose._hessian(made, diagnose.Options())
 
 
 def test_a_run_that_synthesised_nothing_has_no_hessian_and_says_so(toy_run, tmp_path, capsys):

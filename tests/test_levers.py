@@ -11,8 +11,8 @@ from test_synthesize import MEAN, STD, Interrupted, Smooth, images, network, rec
 from edc_hub import crops, matching, networks, objective, pixels, rules, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
+from edc_hub.pixels import Space
 from edc_hub.recipe import Recipe, Synthesize
-from edc_hub.space import Space
 from edc_hub.work import Progress
 
 
@@ -512,7 +512,7 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
         ({"mix": "mixup", "class_scope": "per_class"}, "synthesize.mix: .* write mixture for class_scope per_class"),
         ({"mix": "mixup", "densification": {"weight": 1.0}}, "synthesize.mix: .* write densification.weight: 0"),
         ({"together": 3}, "synthesize.together: 3 observers a step, and there are 2; write 2"),
-        ({"residual": {"every": 10}}, "synthesize.residual.every: 10 steps, and after the last of 10 .* 0 for never"),
+        ({"residual": {"every": 10}}, "synthesize.residual.every: 10 of 10 steps merges nothing; write less, or 0"),
     ],
 )
 def test_levers_that_cannot_work_together_are_refused_in_one_line(keys, line):

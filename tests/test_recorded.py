@@ -7,7 +7,7 @@ import torch
 from test_synthesize import MEAN, STD, Interrupted, images, network, recipe, target
 from torch import nn
 
-from edc_hub import networks, objective, slope, students, synthesize, work
+from edc_hub import networks, objective, students, synthesize, work
 from edc_hub.feed import Batch
 from edc_hub.protocol import Evaluation
 from edc_hub.recorded import PLAIN, Recorded
@@ -159,7 +159,7 @@ def test_a_step_of_tensors_alone_is_the_step(session, keys):
     """What a recording is made of, on a CPU: the view by matrices, dropped layers and averages as inputs."""
     made, drawing = options(keys), work.generator(0, "blocks", "b")
     plain, placed = (
-        slope.Slope(objective.Objective(watching(session, made), LABELS, made, session.device), session)
+        objective.Slope(objective.Objective(watching(session, made), LABELS, made, session.device), session)
         for _ in range(2)
     )
     placed.recorded, placed.pool = {}, None

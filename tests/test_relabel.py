@@ -340,6 +340,13 @@ def test_the_recipe_is_printed_and_read_again(run, theirs, tmp_path, capsys):
     assert given.resolve(parsed, 3).ipc == 3
 
 
+def test_a_number_of_images_that_is_given_is_the_recipe_s(run, theirs, capsys):
+    assert run(theirs[0], "printed", "--ipc", "1", "--print_recipe")[0] == 0
+    assert yaml.safe_load(capsys.readouterr().out)["ipc"] == 1
+    one, ten = (given.parse(["tiny-imagenet", "--images", "x", "--ipc", ipc]).recipe for ipc in ("1", "10"))
+    assert one.evaluation.epochs != ten.evaluation.epochs  # a value of single IPCs
+
+
 def test_help_lists_the_keys_of_the_images_and_of_the_recipe(capsys):
     with pytest.raises(SystemExit) as left:
         relabel.main(["--help"])

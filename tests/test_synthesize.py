@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from edc_hub import crops, matching, networks, synthesize, work
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
+from edc_hub.pixels import Space
 from edc_hub.recipe import Recipe
-from edc_hub.space import Space
 from edc_hub.work import Progress
 
 

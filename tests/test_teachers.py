@@ -17,7 +17,8 @@ from edc_hub import documents, labels, observers, recipes, source, teachers, vie
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.protocol import Evaluation
-from edc_hub.recipe import Network, Source
+from edc_hub.recipe import Source
+from edc_hub.section import Network
 from edc_hub.work import Session, Store
 
 

@@ -96,6 +96,14 @@ def test_a_failed_write_leaves_no_file_behind(tmp_path):
     assert list((tmp_path / "a").iterdir()) == []
 
 
+@pytest.mark.parametrize(("word", "shown"), [("0", "lines"), ("1", "none")])
+def test_progress_is_turned_off_as_the_hub_s_client_reads_it(word, shown):
+    program = "from edc_hub import launch; print(launch._progress())"
+    env = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": word}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.stdout == f"{shown}\n", done.stderr
+
+
 def test_a_unit_that_saved_its_progress_goes_on_from_there(session):
     (unit,) = units(1)
     steps = []
@@ -171,10 +179,11 @@ def test_temporary_files_of_dead_processes_are_swept_and_those_of_living_ones_ke
     mine.parent.mkdir()
     dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{child.pid}."))
     foreign = mine.with_name(f".a.safetensors.rack.{socket.gethostname()}.{child.pid}.tmp")
-    for path in (mine, dead, foreign):
+    other = mine.with_name(f".a.safetensors.{socket.gethostname()}.part.tmp")  # of another program
+    for path in (mine, dead, foreign, other):
         path.touch()
     disk.sweep(tmp_path)
-    assert mine.exists() and foreign.exists() and not dead.exists()
+    assert mine.exists() and foreign.exists() and other.exists() and not dead.exists()
 
 
 HOLD = """
@@ -185,6 +194,14 @@ with disk.lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_with_one_remedy(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="a part of the path is a file; choose another output_dir$") as refused:
+        with disk.lock(tmp_path / "file" / "run"):
+            pass
+    assert str(refused.value).count("choose another") == 1
 
 
 def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_holds_nothing(tmp_path):
