@@ -178,7 +178,10 @@ TABLES = [2, 3, 4, 5, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21]
 
 
 def test_the_paper_s_ablations_and_those_for_a_cpu_ship_as_sweeps():
-    light = {f"light-{name}" for name in ("methods", "alpha", "zeta", "levers", "levers10", "observers")}
+    light = {
+        f"light-{name}"
+        for name in ("methods", "alpha", "zeta", "ladder", "levers", "levers10", "batchnorm", "observers")
+    }
     paper = {"ladder", "methods-cifar100", *(f"table{name}" for name in ("1-cifar10", "1-cifar100", *TABLES))}
     assert set(recipes.shipped(cells.SHIPPED)) == light | paper
     assert not [name for name in recipes.shipped() if "table" in name or "sweep" in name]
