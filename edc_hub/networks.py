@@ -155,6 +155,8 @@ def _construct(arch: str, classes: int, args: dict[str, Any], size: int, small: 
                 return timm.create_model(name, pretrained=False, num_classes=classes, **args)
             known = timm.list_models()
         elif library == "transformers":
+            if name == "timm_wrapper" and "architecture" not in args:  # its default is a ResNet-50
+                raise InputError("names no network of timm; write e.g. args: {architecture: resnet18}")
             return transformers().AutoModelForImageClassification.from_config(_config(name, classes, args))
         elif library != "torchvision":
             known, name, library = list(OURS), arch, ""
@@ -185,8 +187,6 @@ def _config(name: str, classes: int, args: dict[str, Any]) -> Any:
     configs = transformers().AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES
 
-    if name == "timm_wrapper" and "architecture" not in args:  # its default is a ResNet-50
-        raise InputError("a timm_wrapper without a network; name one of timm's, e.g. args: {architecture: resnet18}")
     try:
         if name in TYPES:
             known = configs.for_model(name)
