@@ -8,7 +8,7 @@ import pytest
 import yaml
 from timm.data import ImageNetInfo
 
-from edc_hub import cli, documents, keys, recipes
+from edc_hub import cli, documents, keys, recipes, terms
 from edc_hub.errors import InputError
 from edc_hub.recipe import Recipe
 from edc_hub.selection import selected
@@ -497,6 +497,31 @@ def test_a_broken_file_is_answered_in_one_line_that_names_it(file, text, line):
 )
 def test_a_wrong_value_in_a_file_is_answered_in_one_line(file, text, line):
     assert line in error(file(text))
+
+
+def without_libyaml(content):
+    return yaml.dump(content, Dumper=documents.Dumper, sort_keys=False, allow_unicode=True, width=2**16)
+
+
+def test_every_shipped_file_is_read_and_every_recipe_written_as_without_libyaml():
+    for path in (*recipes.ROOT.rglob("*.yaml"), *terms.CARDS.glob("*.yaml")):
+        assert documents.load(path) == yaml.load(path.read_text("utf-8"), documents.Loader)
+    for name in recipes.shipped():
+        text = recipes.dump(recipe(name))
+        assert text == without_libyaml(yaml.load(text, documents.Loader))
+
+
+@pytest.mark.parametrize(
+    "value", ["2e-5", "a\tb", "a\n b", "\\", "\x07", "😀", "é?", "", "x" * 200, "yes", "'", "#", "a: b"]
+)
+def test_an_odd_text_is_written_as_without_libyaml_and_comes_back(value):
+    content = {value: [value, {"a": value}]}
+    assert documents.write(content) == without_libyaml(content)
+    assert documents.read(documents.write(content), "odd") == content
+
+
+def test_what_libyaml_refuses_is_read():
+    assert documents.read("{args:{}}", "odd") == {"args": {}}
 
 
 def test_a_missing_recipe_is_answered_with_those_that_exist(tmp_path, monkeypatch):
