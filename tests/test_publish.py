@@ -296,14 +296,16 @@ def test_wrong_words_are_answered_in_one_line(publish, dataset):
 # Readers
 
 
-def test_a_tag_loads_on_another_machine_and_a_streamed_set_keeps_no_table(publish, second, dataset, name):
+def test_a_tag_loads_on_another_machine_and_a_streamed_set_keeps_no_table(hub, publish, second, dataset, others, name):
     publish(dataset, name)
+    publish(others, name)  # main is another version
     code = """
     import sys
     from pathlib import Path
     from datasets import get_dataset_config_names, load_dataset
+    from datasets.exceptions import DatasetNotFoundError
     from edc_hub import CondensedSet
-    from huggingface_hub import DatasetCard, constants
+    from huggingface_hub import DatasetCard, constants, snapshot_download
     id, folder = sys.argv[1:]
     there, here = CondensedSet.load(id, revision="v1.0.0", streaming=True), CondensedSet.load(folder, streaming=True)
     (table, soft), (own, logits) = there.views(1), here.views(1)
@@ -323,6 +325,16 @@ def test_a_tag_loads_on_another_machine_and_a_streamed_set_keeps_no_table(publis
     assert load_dataset(id, **at).features == load_dataset(id, "images", **at).features  # the default
     one = load_dataset(id, "soft_labels", filters=[("epoch", "==", 1)], **at)
     assert set(one["epoch"]) == {1} and len(one) == 10
+    assert load_dataset(id, "soft_labels", split="train")["epoch"][:] == there["epoch"][::-1]  # of main
+    folder_there = Path(snapshot_download(id, repo_type="dataset", revision="v1.0.0"))
+    assert len(list(folder_there.rglob("*.parquet"))) == len(list(Path(folder).rglob("*.parquet")))
+    for path, revision, word in ((id, "v9", "Revision 'v9'"), ("org/none", None, "doesn't exist")):
+        try:
+            load_dataset(path, revision=revision)
+        except DatasetNotFoundError as error:
+            assert word in str(error)
+        else:
+            raise AssertionError("found")
     card = DatasetCard.load(id)
     card.validate()
     assert {config["config_name"] for config in card.data.configs} == {"images", "soft_labels"}
@@ -331,6 +343,7 @@ def test_a_tag_loads_on_another_machine_and_a_streamed_set_keeps_no_table(publis
     """
     done = second.run(code, name, dataset)
     assert done.status == 0, done.err
+    assert any(request.status == 206 for request in hub.log)  # a part of a file
 
 
 def test_a_full_disk_while_downloading_is_one_line_and_the_next_call_succeeds(publish, second, dataset, name):
