@@ -24,14 +24,17 @@ from pathlib import Path
 
 
 SHARED = """
-import matplotlib.figure, numpy, pandas, PIL.Image, pyarrow.dataset, pyarrow.parquet, scipy.stats, sklearn.cluster
-import sklearn.datasets, torch, torch._dynamo, torchvision
+import gc
+gc.disable()
+import fsspec, jinja2.sandbox, matplotlib.figure, numpy, pandas, PIL.Image, pyarrow.dataset, pyarrow.parquet, pydantic
+import scipy.stats, sklearn.cluster, sklearn.datasets, torch, torch._dynamo, torchvision, yaml
 """
 OURS = "import accelerate, datasets, timm, transformers"
 SERVER = """
 import contextlib, gc, json, os, runpy, signal, sys
 
 gc.freeze()  # a process's end looked through all that was imported here, for two seconds
+gc.enable()
 running = set()
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' end ends the input
 for line in sys.stdin:
@@ -65,6 +68,9 @@ if asked["module"]:
 else:
     sys.argv = ["-c", *asked["arguments"]]
     exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a module ends as it does for a user; code has said all, and a whole end takes a second
 """
 
 
