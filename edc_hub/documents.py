@@ -1,5 +1,6 @@
 """YAML files as plain values, and back."""
 
+import contextlib
 import copy
 import functools
 import re
@@ -29,7 +30,7 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
-class _Loader(yaml.SafeLoader):  # libyaml's is faster, and takes less: no {args:{}}
+class _Reading:
     """YAML 1.1 as people mean it: 2e-5 is a number, and a key given twice is an error."""
 
     def construct_scalar(self, node: yaml.ScalarNode) -> Any:
@@ -49,8 +50,8 @@ class _Loader(yaml.SafeLoader):  # libyaml's is faster, and takes less: no {args
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Block style, with lists of plain values on one line; quotes what `_Loader` would take for a number."""
+class _Writing:
+    """Block style, with lists of plain values on one line; quotes what `_Reading` would take for a number."""
 
     def represent_sequence(self, tag, sequence, flow_style=None):
         return super().represent_sequence(tag, sequence, not any(isinstance(item, dict) for item in sequence))
@@ -59,7 +60,23 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _class in (_Loader, _Dumper):
+class Loader(_Reading, yaml.SafeLoader):
+    """Reads all of it, and says what is wrong."""
+
+
+class Dumper(_Writing, yaml.SafeDumper):
+    """Decides how a text is written."""
+
+
+class _FastLoader(_Reading, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    """libyaml's, where PyYAML has it: it takes no {args:{}}, and says less."""
+
+
+class _FastDumper(_Writing, getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
+    """libyaml's, where PyYAML has it: it escapes more, and writes empty, long and broken keys in its own way."""
+
+
+for _class in (Loader, Dumper, _FastLoader, _FastDumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -75,8 +92,10 @@ def _parsed(text: str, origin: str) -> Any:
 
 def read(text: str, origin: str) -> Any:
     """YAML text as plain values. InputError naming `origin` and the line."""
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+        return yaml.load(text, _FastLoader)
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -86,4 +105,6 @@ def read(text: str, origin: str) -> Any:
 
 def write(content: Any) -> str:
     """Plain values as YAML text that `read` gives back."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**16)
+    dump = functools.partial(yaml.dump, content, sort_keys=False, allow_unicode=True, width=2**16)
+    text = dump(Dumper=_FastDumper)
+    return dump(Dumper=Dumper) if any(sign in text for sign in ("\\", "? ", "'':")) else text

@@ -61,7 +61,8 @@ class Stored:
         small = row * self.count * condensed.epochs <= KEPT_BYTES
         self._rows = condensed.labelled(0, condensed.epochs) if small else None
         self._at_once = views.at_once(self._size, batch, device)
-        self._together = max(1, self._at_once // self.count) if small else 1  # epochs made at once
+        # epochs made at once: more than some dozens win nothing, and those after the last are made for nobody
+        self._together = max(1, min(32, self._at_once // self.count)) if small else 1
         self._ahead = -1, torch.empty(0)  # the first of them, and their views
         self.steps = steps(self.count, batch)
         self.clean = partial(_clean, self._images, self._view, batch)

@@ -1,11 +1,12 @@
 """The manifest of a condensed set: what it was made from and what it consists of, the same from run to run."""
 
+import functools
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .observers import Observers
     from .source import RealSet
 
+
+version = functools.cache(importlib.metadata.version)  # reads a file of the package
 
 FORMAT_VERSION = "2.0"  # what is read
 _PLAIN = "1.0"  # of a set whose images are no canvases, which a reader of 1.0 understands

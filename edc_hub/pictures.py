@@ -8,7 +8,6 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import canvas, disk, encoding, initialize, labels, launch, recipes, work, writing
 from .initialize import Initial
+from .manifest import version
 from .observers import Observers
 from .realset import RealSet
 from .recipe import Recipe

@@ -7,7 +7,6 @@ again by the next comparison that has it, taken up where it was killed.
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
 from .lessons import Lessons, Trial
+from .manifest import version
 from .networks import Network
 from .protocol import Evaluation, in_use, named_students, of_student
 from .realset import RealSet

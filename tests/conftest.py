@@ -1,10 +1,13 @@
 """Test environment, set before any Hugging Face library is imported: no network, caches of their own."""
 
+import gc
 import os
 import tempfile
 
 import pytest
 
+
+gc.disable()  # what is imported for tests stays to their end: no look for garbage goes through it, here or later
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -19,6 +22,8 @@ def _one_thread():
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@
 Importing torch and the like takes longer than most of what tests do in such a process. So one server a test worker
 imports it, and each process is forked from that server: with its own environment, working folder, standard streams and
 end. What reads its settings when it is imported (huggingface_hub, datasets, transformers, edc_hub) is imported there
-anew.
+anew; but for edc_hub, that too is there for processes whose settings are the worker's own.
 """
 
 import json
@@ -23,11 +23,18 @@ from functools import cache
 from pathlib import Path
 
 
+SHARED = """
+import gc
+gc.disable()
+import fsspec, jinja2.sandbox, matplotlib.figure, numpy, pandas, PIL.Image, pyarrow.dataset, pyarrow.parquet, pydantic
+import scipy.stats, sklearn.cluster, sklearn.datasets, torch, torch._dynamo, torchvision, yaml
+"""
+OURS = "import accelerate, datasets, timm, transformers"
 SERVER = """
-import contextlib, json, os, runpy, signal, sys
-import matplotlib.figure, numpy, pandas, PIL.Image, pyarrow.dataset, pyarrow.parquet, scipy.stats, sklearn.cluster
-import sklearn.datasets, torch, torch._dynamo, torchvision
+import contextlib, gc, json, os, runpy, signal, sys
 
+gc.freeze()  # a process's end looked through all that was imported here, for two seconds
+gc.enable()
 running = set()
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the tests' end ends the input
 for line in sys.stdin:
@@ -61,20 +68,31 @@ if asked["module"]:
 else:
     sys.argv = ["-c", *asked["arguments"]]
     exec(compile(asked["code"], "<string>", "exec"), {"__name__": "__main__"})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a module ends as it does for a user; code has said all, and a whole end takes a second
 """
 
 
+def _settings(env: dict) -> dict:
+    return {key: value for key, value in env.items() if key.startswith("HF_")}
+
+
+OWN = _settings(os.environ)
+KEPT = {**{key: value for key, value in os.environ.items() if key not in OWN}, "OMP_NUM_THREADS": "1"}
+
+
 @cache
-def _server() -> tuple[subprocess.Popen, threading.Lock]:
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+def _server(ours: bool):
+    """A server and its lock; the one with our settings is a process of the other."""
+    if ours:
+        return Started(OURS + SERVER, (), {**KEPT, **OWN}, None, False, True, ours=False), threading.Lock()
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(
-        [sys.executable, "-c", SERVER], env={**kept, "OMP_NUM_THREADS": "1"}, **pipes
-    ), threading.Lock()
+    return subprocess.Popen([sys.executable, "-c", SHARED + SERVER], env=KEPT, **pipes), threading.Lock()
 
 
-def _ask(**asked) -> int:
-    server, lock = _server()
+def _ask(ours: bool, **asked) -> int:
+    server, lock = _server(ours)
     with lock:
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
@@ -84,13 +102,15 @@ def _ask(**asked) -> int:
 class Started:
     """A process that runs; `pid` is also its group. Where it talks, `stdin` and `stdout` lead to it."""
 
-    def __init__(self, code: str, arguments: tuple, env: dict, cwd: str | Path | None, module: bool, talks: bool):
-        self._folder = Path(tempfile.mkdtemp(prefix="edc-hub-tests-"))
+    def __init__(
+        self, code: str, arguments: tuple, env: dict, cwd: str | Path | None, module: bool, talks: bool, ours: bool
+    ):
+        self._folder, self._ours = Path(tempfile.mkdtemp(prefix="edc-hub-tests-")), ours
         self.code, place = code, {name: str(self._folder / name) for name in ("in", "out", "err")}
         for name in place:
             os.mkfifo(place[name]) if talks and name != "err" else Path(place[name]).touch()
         asked = {"code": code, "module": module, "arguments": [str(word) for word in arguments], "env": env}
-        self.pid = _ask(**asked, **place, cwd=str(cwd or os.getcwd()))
+        self.pid = _ask(ours, **asked, **place, cwd=str(cwd or os.getcwd()))
         if talks:
             self.stdin, self.stdout = open(place["in"], "w"), open(place["out"])
 
@@ -102,7 +122,7 @@ class Started:
         late = threading.Timer(timeout, self.kill)
         late.start()
         try:
-            status = _ask(wait=self.pid)
+            status = _ask(self._ours, wait=self.pid)
         finally:
             late.cancel()
         out = self.stdout.read() if hasattr(self, "stdout") else (self._folder / "out").read_text(encoding="utf-8")
@@ -115,7 +135,7 @@ def start(
     code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False, talks: bool = False
 ) -> Started:
     """Starts Python code, or a module as with `-m`."""
-    return Started(code, arguments, env, cwd, module, talks)
+    return Started(code, arguments, env, cwd, module, talks, ours=_settings(env) == OWN)
 
 
 def run(code: str, *arguments, env: dict, cwd: str | Path | None = None, module: bool = False, timeout: float = 300):

@@ -1,16 +1,13 @@
 """The card of a condensed set: metadata the Hub accepts, facts of the set alone, and code that runs as it stands."""
 
 import json
-import os
 import re
 import shutil
 
-import fresh
 import numpy as np
 import pytest
 import torch
 from helpers_labels import CLASSES, COUNT, IPC, noise, written
-from hub import Hub, python
 from huggingface_hub import DatasetCard
 from PIL import Image
 
@@ -47,14 +44,14 @@ def test_the_card_has_valid_metadata_and_only_facts_of_the_set(dataset):
     assert not re.search(r"\{\{|\}\}|\{%|None|Undefined|nan", shown.text)
 
 
-def test_the_example_of_the_card_trains_a_student(dataset, tmp_path):
+def test_the_example_of_the_card_trains_a_student(dataset, monkeypatch):
     text = DatasetCard.load(dataset / "README.md").text
     example = re.search(r"```python\n(import timm.*?)```", text, re.DOTALL)[1]
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
-    check = "\nassert logits.shape == (10, 5) and torch.isfinite(loss)\nprint('trained', epoch + 1)"
-    env = {**os.environ, "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = fresh.run(example + check, env=env, cwd=dataset.parent)
-    assert done.stdout.split() == ["trained", "2"], done.stderr
+    assert "edc_hub" not in example
+    monkeypatch.chdir(dataset.parent)
+    exec(example, found := {})
+    assert found["logits"].shape == (10, 5) and found["loss"].isfinite() and found["epoch"] == 1
 
 
 @pytest.mark.parametrize("loss, optimizer", [("mse_ce", "adamw"), ("kl", "adam"), ("cosine", "sgd"), ("ce", "adamw")])
@@ -117,13 +114,12 @@ def test_the_replay_of_the_card_runs(dataset, monkeypatch):
     assert names["x"].shape == (COUNT, 3, 16, 16) and names["logits"].shape == (COUNT, CLASSES)
 
 
-def test_the_stream_of_the_card_runs(dataset, tmp_path):
+def test_the_stream_of_the_card_runs(dataset, monkeypatch):
     text = DatasetCard.load(dataset / "README.md").text
     stream = next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "streaming=True" in code)
-    env = {**os.environ, "HF_HOME": str(tmp_path)}
-    check = "\nprint('rows', len(batch['image_id']), tuple(batch['soft_label'].shape))"
-    done = fresh.run(stream + check, env=env, cwd=dataset.parent)
-    assert "rows 4 (4, 5)" in done.stdout, done.stderr
+    monkeypatch.chdir(dataset.parent)
+    exec(stream, found := {})
+    assert len(found["batch"]["image_id"]) == 4 and found["batch"]["soft_label"].shape == (4, 5)
 
 
 def test_the_command_of_the_card_makes_the_same_recipe(dataset, monkeypatch):
@@ -271,21 +267,6 @@ def test_timm_reads_the_images(dataset, tmp_path):
     assert len(reader) == COUNT and reader.class_to_idx == {f"class {i}": i for i in range(CLASSES)}
     image, label = reader[3]
     assert label == 1 and np.array_equal(np.asarray(Image.open(image)), noise(COUNT, 16)[3].permute(1, 2, 0))
-
-
-def test_timm_reads_the_images_from_the_hub(dataset, tmp_path):
-    code = f"""
-    from huggingface_hub import HfApi
-    from timm.data.readers.reader_hfds import ReaderHfds
-
-    HfApi().create_repo("org/toy", repo_type="dataset")
-    HfApi().upload_folder(repo_id="org/toy", repo_type="dataset", folder_path={str(dataset)!r})
-    reader = ReaderHfds("org/toy", split="train")
-    print(len(reader), sorted(reader.class_to_idx.values()), reader[3][1])
-    """
-    with Hub() as hub:
-        done = python(code, hub.url, tmp_path, hub.token)
-    assert done.stdout.split("\n")[0] == "10 [0, 1, 2, 3, 4] 1", done.stderr
 
 
 @pytest.mark.parametrize("control", ["initial", "random"])

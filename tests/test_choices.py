@@ -1,14 +1,18 @@
-"""Every design choice, through the whole job on real digits: each runs, and each changes what it should."""
+"""Every design choice, through the real stages on real digits: each runs, and each changes what it should."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from test_condense import RECIPE
 
-from edc_hub import condense
+from edc_hub import condense, initialize, labels, moments, observers, recipes, source, synthesize
 from edc_hub.condensed import CondensedSet
+from edc_hub.recipe import Source
+from edc_hub.work import Session, Store
 
 
 BASE = copy.deepcopy(RECIPE)
@@ -17,17 +21,36 @@ BASE["relabel"] = {"epochs": 2, "batch": 10, "controls": False, "flip": False}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def place(tmp_path_factory):
+    """Where runs are made, and the images, opened once."""
     folder = tmp_path_factory.mktemp("choices")
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
-    made(folder, "base")
-    return folder
+    return folder, source.load(Source.model_validate(BASE["source"]))
 
 
-def made(runs, name, *overrides):
-    common = ["--output_dir", str(runs / name), "--threads", "1", "--device", "cpu"]
-    assert condense.main([str(runs / "base.yaml"), *common, *overrides]) == 0
-    return CondensedSet.load(runs / name / "dataset")
+def made(place, *overrides):
+    """The images of the recipe, and what labels them, by the stages of the command."""
+    folder, real = place
+    session = Session(Store(folder / "artifacts"), PartialState(cpu=True), torch.device("cpu"))
+    recipe = recipes.parse([str(folder / "base.yaml"), *overrides], prog="condense").recipe
+    initialize.check(recipe, real)
+    labels.check(recipe, len(real.names))
+    started = recipe, real, observers.obtain(recipe, real, session)
+    targets = moments.obtain(*started, session) if recipe.synthesize.iterations else None
+    images = synthesize.obtain(*started, targets, initialize.obtain(*started, session), session)
+    return images, partial(labels.obtain, recipe, images, started[-1], session)
+
+
+@pytest.fixture(scope="module")
+def base(place):
+    images, label = made(place)
+    return images, label()
+
+
+def whole(place, name, *overrides):
+    common = ["--output_dir", str(place[0] / name), "--threads", "1", "--device", "cpu"]
+    assert condense.main([str(place[0] / "base.yaml"), *common, *overrides]) == 0
+    return CondensedSet.load(place[0] / name / "dataset")
 
 
 SYNTHESIS = {
@@ -78,12 +101,10 @@ SYNTHESIS = {
 
 
 @pytest.mark.parametrize("name", SYNTHESIS)
-def test_a_choice_of_synthesis_changes_the_images(runs, name):
-    base, other = CondensedSet.load(runs / "base" / "dataset"), made(runs, name, *SYNTHESIS[name])
-    assert other.images.shape == base.images.shape == (20, 3, 8, 8)
-    changed = (other.images != base.images).flatten(1).any(1)
-    assert changed.float().mean() > 0.5
-    assert torch.equal(other.labels, base.labels)
+def test_a_choice_of_synthesis_changes_the_images(place, base, name):
+    images, _ = made(place, *SYNTHESIS[name])
+    assert images.shape == base[0].shape == (20, 3, 8, 8)
+    assert (images != base[0]).flatten(1).any(1).float().mean() > 0.5
 
 
 LABELS = {
@@ -100,23 +121,22 @@ LABELS = {
 
 
 @pytest.mark.parametrize("name", LABELS)
-def test_a_choice_of_labels_changes_them_and_not_the_images(runs, name):
-    base, other = CondensedSet.load(runs / "base" / "dataset"), made(runs, name, *LABELS[name])
-    assert torch.equal(other.images, base.images)
-    assert not torch.equal(other.views(0)[1], base.views(0)[1])
+def test_a_choice_of_labels_changes_them_and_not_the_images(place, base, name):
+    images, label = made(place, *LABELS[name])
+    assert torch.equal(images, base[0])
+    found = label()
+    assert not torch.equal(found.epoch(0)[1], base[1].epoch(0)[1])
     mean_moves = name in ("batch statistics", "early observers")
-    assert torch.equal(other.soft_labels, base.soft_labels) != mean_moves
+    assert torch.equal(found.mean, base[1].mean) != mean_moves
 
 
-def test_smaller_views_are_replayed_at_their_size(runs):
-    assert made(runs, "views", "--relabel.view_size", "6").replay(1).shape == (20, 3, 6, 6)
+def test_smaller_views_are_replayed_at_their_size_and_the_images_of_a_run_are_those_of_its_stages(place, base):
+    condensed = whole(place, "views", "--relabel.view_size", "6")
+    assert condensed.replay(1).shape == (20, 3, 6, 6) and torch.equal(condensed.images, base[0])
 
 
-def test_a_holdout_row_is_never_a_source_row(runs):
-    from edc_hub import source
-    from edc_hub.recipe import Source
-
+def test_a_holdout_row_is_never_a_source_row(place):
     kept = source.load(Source(path="sklearn/digits", size=8, holdout=0.5), "holdout").rows().tolist()
-    held = made(runs, "held", "--source.holdout", "0.5")
+    held = whole(place, "held", "--source.holdout", "0.5")
     used = {row for rows in held._rows["source_rows"].to_pylist() for row in rows}
     assert used and not used & set(kept)

@@ -50,7 +50,11 @@ def hub(tmp_path_factory):
         yield found
 
 
-def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_path):
+def test_a_hub_a_token_that_writes_a_source_and_weights_that_are_there_are_well(hub, tmp_path):
+    hub.commit("org/net", {"model.safetensors": b"x" * 1000}, repo_type="model")
+    nets = [("resnet18", "org/net"), ("resnet18", "org/net/model.safetensors@main")]
+    nets += [("timm/resnet18", "org/net"), ("resnet18", "org/none")]
+    every = [word for stage in ("relabel", "synthesize", "initialize") for word in (f"--{stage}.observers", "null")]
     fine = hub.add_token("fineGrained", scopes={"org": ["repo.content.read", "repo.write"]})
     poor = hub.add_token("fineGrained", scopes={"org": ["repo.content.read"]})
     reach = ["digits", "--source.path", "org/toy"]
@@ -64,10 +68,11 @@ def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_
         ("hf_wrong",),
         ("",),
         ("", "digits"),
+        *(("", "digits", "--observers.networks", f"[{{name: a, arch: {a}, weights: {w}}}]", *every) for a, w in nets),
     ]
     requests = len(hub.log)
     results, said = asked(hub, tmp_path, calls, HF_HUB_DISABLE_XET="1")
-    well, missing, split, read, writes, reads, wrong, none, local = results
+    well, missing, split, read, writes, reads, wrong, none, local, *weights = results
     assert well[0] == 0, said
     assert well[1]["token"] == ("ok", "of tester, role write") and well[1]["xet"][0] == "ok"
     assert well[1]["endpoint"] == ("ok", f"{hub.url} answers")
@@ -81,10 +86,14 @@ def test_a_hub_a_token_that_writes_and_a_source_that_is_there_are_well(hub, tmp_
     assert wrong[0] == 1 and "run `hf auth login`" in wrong[1]["token"][1]
     assert none[0] == 1 and none[1]["token"][1].startswith("none; publishing and private sets need one")
     assert local[0] == 0 and local[1]["token"][0] == "warn"  # a run on the digits asks nobody
+    (own, own_file, no_config, no_net) = [found["weights"] for _, found in weights]
+    assert own == ("ok", "a: org/net") and own_file[0] == "ok" and no_config[0] == no_net[0] == "FAIL"
+    assert "org/net has no edc_hub.json or config.json on the Hub" in no_config[1]
+    assert no_net[1].startswith("weights: cannot get org/none from the Hub (")
     for token in (hub.token, hub.read_token, fine, poor, "hf_wrong"):
         assert token not in said
     fetched = {request.path for request in hub.log[requests:] if request.method == "GET"}
-    assert not [path for path in fetched if path.endswith(".parquet")]  # nothing of the set is downloaded
+    assert not [path for path in fetched if path.endswith(".parquet") or "org/net/resolve" in path]  # no data
 
 
 def test_another_hub_with_xet_on_and_one_that_is_broken(hub, tmp_path):
@@ -115,24 +124,6 @@ def test_weights_that_are_not_there_are_found(capsys):
     keys = ["--observers.networks", network, "--relabel.observers", "null", "--synthesize.observers", "null"]
     assert doctor.main(["digits", *keys, "--initialize.observers", "null"]) == 1
     assert findings(capsys.readouterr().out)["weights"][1].startswith("weights: no file ./none.safetensors; give")
-
-
-def test_weights_on_the_hub_are_asked_for_and_not_downloaded(tmp_path):
-    keys = ["--relabel.observers", "null", "--synthesize.observers", "null", "--initialize.observers", "null"]
-    with Hub() as hub:
-        hub.commit("org/net", {"model.safetensors": b"x" * 1000}, repo_type="model")
-        said = []
-        for arch, weights in (("resnet18", "org/net"), ("resnet18", "org/net/model.safetensors@main"),
-                              ("timm/resnet18", "org/net"), ("resnet18", "org/none")):  # fmt: skip
-            said.append(
-                ["", "digits", "--observers.networks", f"[{{name: a, arch: {arch}, weights: {weights}}}]", *keys]
-            )
-        found, _ = asked(hub, tmp_path / "home", said)
-        assert not [request for request in hub.log if request.method == "GET" and "/resolve/" in request.path]
-    marks = [each["weights"][0] for _, each in found]
-    assert marks == ["ok", "ok", "FAIL", "FAIL"] and found[0][1]["weights"][1] == "a: org/net"
-    assert "org/net has no edc_hub.json or config.json on the Hub" in found[2][1]["weights"][1]
-    assert found[3][1]["weights"][1].startswith("weights: cannot get org/none from the Hub (")
 
 
 def test_a_wrong_recipe_is_status_2(capsys):

@@ -1,14 +1,13 @@
 """The evaluation as a user runs it: one tiny set, real students, real processes where these matter."""
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
-import threading
 import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import fresh
@@ -19,6 +18,7 @@ import pytest
 import torch
 from accelerate import tracking
 from helpers_evaluation import MACHINE, NAMES, STUDENT, condensed, write_source
+from hub import Hub, python
 from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
@@ -378,8 +378,9 @@ def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, sess
 
 def test_two_processes_give_the_figures_of_one(whole, toy_run, tmp_path):
     folders = [shutil.copytree(toy_run, tmp_path / number / "runs/first", symlinks=True) for number in "12"]
-    alone = run(folders[0], "--seeds", "0,1")
-    done = fresh.ranks(2, "edc_hub.evaluate", "--dataset", folders[1], "--seeds", "0,1", *MACHINE, env=ENVIRONMENT)
+    more = ["--seeds", "0,1", "--controls", "initial"]
+    alone = run(folders[0], *more)
+    done = fresh.ranks(2, "edc_hub.evaluate", "--dataset", folders[1], *more, *MACHINE, env=ENVIRONMENT)
     assert [one.returncode for one in done] == [0, 0], done
     assert [one.stdout.count("condensed set ") for one in done] == [1, 0]
     together = json.loads((folders[1] / "evaluation/results.json").read_text())
@@ -389,7 +390,7 @@ def test_two_processes_give_the_figures_of_one(whole, toy_run, tmp_path):
 def test_a_killed_evaluation_goes_on_to_the_same_figures(toy_run, tmp_path):
     runs = tmp_path / "runs"
     shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))  # of other tests
-    more = ["--seeds", "0", "--evaluation.epochs", "120", "--controls", "[]", "--checkpoint_seconds", "0"]
+    more = ["--seeds", "0", "--evaluation.epochs", "40", "--controls", "[]", "--checkpoint_seconds", "0"]
     argv = ["--dataset", str(runs / "first"), *more, *MACHINE]
     killed = fresh.start("edc_hub.evaluate", *argv, env=ENVIRONMENT, module=True)
     deadline = time.monotonic() + 120
@@ -591,51 +592,37 @@ def test_a_set_on_the_hub_that_cannot_be_reached_is_one_line(capsys):
     assert line.startswith("nobody/nothing: neither a folder here nor a data set on the Hub at revision v9.0.0")
 
 
-class NoRevision(BaseHTTPRequestHandler):
-    """Answers as the Hub does where a repository has no such revision."""
-
-    def do_GET(self):
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RevisionNotFound")
-        self.send_header("X-Error-Message", "Invalid rev id: v9.0.0")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_HEAD = do_GET
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_revision_that_is_not_there_and_a_dead_endpoint_are_one_line():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), NoRevision)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    program = """if True:
-        import time
-        time.sleep = lambda seconds: None  # before each new attempt
-        from edc_hub import comparison, errors
+def test_a_revision_that_is_not_there_and_a_hub_that_cannot_be_reached_are_one_line(tmp_path):
+    code = """
+    import time
+    time.sleep = lambda seconds: None  # before each new attempt
+    from edc_hub import comparison, errors
+    for id in ("org/toy", "org/cut"):
         try:
-            comparison.parse(["--dataset", "org/toy", "--revision", "v9.0.0"])
+            comparison.parse(["--dataset", id, "--revision", "v9.0.0"])
         except errors.InputError as error:
-            print(" ".join(str(error).split()))"""
-    wanted = {
-        server.server_port: "revision: org/toy has no v9.0.0; see its tags on the Hub",
-        9: "org/toy: neither a folder here nor a data set on the Hub at revision v9.0.0 that can be reached",
-    }
-    for port, line in wanted.items():
-        environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
-        done = fresh.run(program, env=environment)
-        assert done.stdout.startswith(line) and done.stdout.count("\n") == 1
-    server.shutdown()
+            print(error)
+    """
+    with Hub() as hub:
+        hub.commit("org/toy", {"README.md": b"toy"})
+        hub.cut("org/cut", times=math.inf)
+        missing, unreachable = python(code, hub.url, tmp_path).stdout.splitlines()
+    assert missing.startswith("revision: org/toy has no v9.0.0; see its tags on the Hub")
+    assert unreachable.startswith(
+        "org/cut: neither a folder here nor a data set on the Hub at revision v9.0.0 that can be reached"
+    )
 
 
 def test_results_of_fewer_students_or_another_protocol_stay_out_of_the_set_s_card(toy_run, tmp_path, capsys):
     runs = tmp_path / "runs"
     shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))
     (runs / "first/dataset/results.json").unlink(missing_ok=True)
-    run(runs / "first", "--seeds", "0,1", "--controls", "[]")
-    kept = (runs / "first/dataset/results.json").read_text()
+    for more, epochs in ((["--evaluation.epochs", "1"], 1), ([], 2)):  # the set's own takes a trial's place
+        run(runs / "first", "--seeds", "0,1", "--controls", "[]", *more)
+        kept = (runs / "first/dataset/results.json").read_text()
+        assert f"epochs {epochs}," in json.loads(kept)["about"]["protocol"]
     card = (runs / "first/dataset/README.md").read_text()
+    assert "epochs 2," in card
     dc = ["--evaluation.protocol", "dc", "--evaluation.batch", "4", "--evaluation.epochs", "2"]
     for other in (["--seeds", "0"], ["--seeds", "0,1", *dc], ["--seeds", "0,1", "--evaluation.epochs", "1"]):
         run(runs / "first", *other, "--controls", "[]", "--evaluation.students", json.dumps([STUDENT]))
@@ -653,17 +640,6 @@ def test_a_holdout_of_other_training_images_than_the_set_s_is_refused(toy_run, t
     write_parquet(tmp_path / "toy", {"train": [0, 1, 2] * 12, "test": [0, 1, 2]}, names=NAMES)  # of the same labels
     line = refused(capsys, *argv, tmp_path / "toy")
     assert line.startswith("split: holdout, but toy has other images here than the set was condensed from and may")
-
-
-def test_results_of_the_set_s_own_protocol_take_the_place_of_a_trial_s(toy_run, tmp_path):
-    runs = tmp_path / "runs"
-    shutil.copytree(toy_run, runs / "first", ignore=shutil.ignore_patterns("evaluation"))
-    place = runs / "first/dataset/results.json"
-    place.unlink(missing_ok=True)
-    for more, epochs in ((["--evaluation.epochs", "1"], 1), ([], 2)):
-        run(runs / "first", *FEW, *more)
-        assert f"epochs {epochs}," in json.loads(place.read_text())["about"]["protocol"]
-    assert "epochs 2," in (runs / "first/dataset/README.md").read_text()
 
 
 def test_figures_on_other_images_than_the_set_s_test_split_are_named_and_are_no_results_of_it(

@@ -2,25 +2,11 @@ import http.client
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hub import Hub, environment, python
 
 
-README = b"""---
-license: mit
-configs:
-- config_name: images
-  data_files: images/*.parquet
-  default: true
-- config_name: soft_labels
-  data_files: soft_labels/*.parquet
----
-# Toy
-"""
 START = """
 import sys
 from huggingface_hub import CommitOperationAdd as Add, CommitOperationDelete as Delete, HfApi
@@ -124,57 +110,6 @@ assert not api.repo_exists("org/net") and api.repo_exists("org/toy", **data)
     assert [it.status for it in hub.log if "/tag/" in it.path and it.method == "POST"] == [200, 409, 409, 200]
 
 
-def parquet(**columns):
-    """The bytes of a file with these columns."""
-    file = BytesIO()
-    pq.write_table(pa.table(columns), file)
-    return file.getvalue()
-
-
-def test_datasets_reads_a_tag_map_style_and_streaming(hub, tmp_path):
-    files = {
-        "README.md": README,
-        "images/train-00000-of-00001.parquet": parquet(label=[0, 1, 2]),
-        "soft_labels/train-00000-of-00001.parquet": parquet(epoch=[1, 2, 3, 4], value=[0.5, 1.5, 2.5, 3.5]),
-    }
-    oid = hub.commit("org/toy", files)
-    hub.repo("org/toy").tags["v1.0.0"] = oid
-    hub.commit("org/toy", {"images/train-00000-of-00001.parquet": parquet(label=[7])})
-    run(
-        """
-from pathlib import Path
-
-from datasets import get_dataset_config_names, load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import DatasetCard, snapshot_download
-
-assert load_dataset("org/toy", revision="v1.0.0", split="train")["label"][:] == [0, 1, 2]
-assert load_dataset("org/toy", split="train")["label"][:] == [7]
-rows = load_dataset("org/toy", "soft_labels", revision="v1.0.0", split="train", streaming=True)
-assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-some = load_dataset("org/toy", "soft_labels", revision="v1.0.0", split="train", filters=[("epoch", "==", 2)])
-assert some["value"][:] == [1.5]
-assert get_dataset_config_names("org/toy", revision="v1.0.0") == ["images", "soft_labels"]
-assert DatasetCard.load("org/toy").data.license == "mit"
-folder = Path(snapshot_download("org/toy", revision="v1.0.0", **data))
-assert len(list(folder.rglob("*.parquet"))) == 2 and (folder / "README.md").exists()
-for wrong, word in ((dict(path="org/toy", revision="v9"), "Revision 'v9'"), (dict(path="org/none"), "doesn't exist")):
-    try:
-        load_dataset(**wrong)
-    except DatasetNotFoundError as error:
-        assert word in str(error)
-    else:
-        raise AssertionError("found")
-""",
-        hub,
-        tmp_path,
-        hub.read_token,
-        USE_TORCH="0",  # not asked for here, and seconds to import
-    )
-    assert any(it.status == 206 for it in hub.log)
-    assert not any(it.status >= 500 for it in hub.log)
-
-
 def test_who_may_do_what(hub, tmp_path):
     hub.create("org/hidden", private=True)
     hub.commit("org/hidden", {"a.txt": b"a"})
@@ -249,16 +184,6 @@ assert api.dataset_info("org/toy").sha != before
     assert [it.status for it in hub.log if it.method == "PUT"] == [0, 200]
     downloads = [it.status for it in hub.log if it.method == "GET" and "large.bin" in it.path]
     assert downloads == [0, 206]  # the client went on where it was cut
-
-
-def test_xet_is_not_there(hub, tmp_path):
-    code = """
-api.create_repo("org/toy")
-api.upload_file(path_or_fileobj=b"x" * 99, path_in_repo="a.bin", repo_id="org/toy")
-"""
-    done = python(START + code, hub.url, tmp_path, hub.token, HF_HUB_DISABLE_XET="0")
-    assert done.returncode != 0 and "xet-write-token" in done.stderr
-    assert hub.files("org/toy", repo_type="model") == {}
 
 
 @pytest.mark.parametrize(

@@ -205,14 +205,13 @@ def test_a_run_folder_that_cannot_be_written_is_refused_with_one_remedy(tmp_path
 
 
 def test_a_second_writer_is_refused_with_the_first_ones_name_and_a_killed_one_holds_nothing(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = fresh.start(HOLD, tmp_path, env=dict(os.environ), talks=True)
     assert child.stdout.readline() == "held\n"
     with pytest.raises(InputError, match=rf"output_dir: .*process {child.pid} .*choose another output_dir"):
         with disk.lock(tmp_path):
             pass
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
+    child.kill()
+    child.wait(60)
     with disk.lock(tmp_path):
         assert json.loads((tmp_path / ".lock.json").read_text())["pid"] == os.getpid()
 
