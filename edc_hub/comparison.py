@@ -11,7 +11,7 @@ from pydantic import Field
 
 from . import arguments, disk, documents, keys, recipes, rules
 from .errors import InputError
-from .protocol import Evaluation, Student, in_use
+from .protocol import Evaluation, Student, unread
 from .recipe import Recipe, Relabel, Source
 from .section import Count, Distinct, Positive, Rate, Section, Threads
 
@@ -211,8 +211,8 @@ def _preset(protocol: str, first: "CondensedSet") -> dict[str, Any]:
 def _row_name(section: Evaluation, first: "CondensedSet") -> str:
     """The protocol's name, and in brackets every value in use that is not the preset's: `rd3 (labels stored)`."""
     preset = _preset(section.protocol, first)
-    ours, theirs = (in_use(each).model_dump() for each in (section, Evaluation.model_validate(preset)))
-    named = {"protocol", "students", "teachers"}
+    ours, theirs = section.model_dump(), Evaluation.model_validate(preset).model_dump()
+    named = {"protocol", "students", "teachers", *unread(section)}
     recipes.let_through(preset, {key: value for key, value in ours.items() if value != theirs[key]})
     theirs["per_student"] = preset["per_student"]
     changed = [key for key in ours if key not in named and ours[key] != theirs[key]]
@@ -233,7 +233,8 @@ def _row_name(section: Evaluation, first: "CondensedSet") -> str:
 def _views_unlike(section: Evaluation, first: "CondensedSet") -> list[str]:
     """How stored views and their labels were made, where the method of the protocol's name makes them otherwise."""
     method = section.protocol if section.protocol in recipes.methods() else first.manifest["method"]
-    if section.labels != "stored" or method == "relabel":
+    known = method in recipes.methods() or ":" in method  # not relabel, nor another release's
+    if section.labels != "stored" or not known:
         return []
     below = recipes.blocks("method", method, first.manifest["name"], first.manifest["ipc"])
     below = keys.layered(below, Recipe).get("relabel") or {}

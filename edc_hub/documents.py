@@ -69,7 +69,7 @@ class Dumper(_Writing, yaml.SafeDumper):
 
 
 class _FastLoader(_Reading, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-    """libyaml's, where PyYAML has it: it takes no {args:{}}, and says less."""
+    """libyaml's, where PyYAML has it: it takes no {args:{}} but a tab where PyYAML's own takes none, and says less."""
 
 
 class _FastDumper(_Writing, getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
@@ -106,5 +106,8 @@ def read(text: str, origin: str) -> Any:
 def write(content: Any) -> str:
     """Plain values as YAML text that `read` gives back."""
     dump = functools.partial(yaml.dump, content, sort_keys=False, allow_unicode=True, width=2**16)
-    text = dump(Dumper=_FastDumper)
-    return dump(Dumper=Dumper) if any(sign in text for sign in ("\\", "? ", "'':")) else text
+    with contextlib.suppress(UnicodeEncodeError):  # a path that is no UTF-8
+        text = dump(Dumper=_FastDumper)
+        if not any(sign in text for sign in ("\\", "? ", "'':")):
+            return text
+    return dump(Dumper=Dumper)

@@ -90,15 +90,14 @@ def check(recipe: Recipe, real: RealSet) -> None:
 
     What the recipe alone shows to be impossible is `rules.validate`'s.
     """
-    recipe = _of_pictures(recipe)
-    section, need = recipe.initialize, recipe.ipc
+    section, ipc, each = recipe.initialize, recipe.ipc, recipe.images.grid**2
     if len(real.names) < 2:
         raise InputError(f"source.path: {real.id} has one class, '{real.names[0]}'; a classifier needs two")
     if section.kind == "noise" and not recipe.relabel.controls:
-        need = 1  # it starts from no image, but its moments need one, and the random controls as many as the set
+        ipc = each = 1  # it starts from no image, but its moments need one, and the random controls as many as the set
     elif section.kind == "rded" and section.variant == "rded":
-        need *= section.factor**2
-    check_ipc(real, need)
+        each *= section.factor**2
+    check_ipc(real, ipc, each)
 
 
 def _of_pictures(recipe: Recipe) -> Recipe:

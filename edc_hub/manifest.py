@@ -94,10 +94,10 @@ def facts(
     }
 
 
-def folder_of(place: Path, called: str | None = None) -> Path:
+def folder_of(place: Path, called: str | None = None, key: str = "dataset") -> Path:
     """The dataset folder that `place` is, or that of the run that it is; absolute, as a run is looked for above it.
 
-    Errors: InputError where there is no finished set; `called` is what the user wrote for the place.
+    Errors: InputError where there is no finished set; `called` is what the user wrote for the place, under `key`.
     """
     place = Path(os.path.abspath(place))
     for folder in (place, place / "dataset"):
@@ -106,7 +106,7 @@ def folder_of(place: Path, called: str | None = None) -> Path:
     remedy = "give a finished run, or its dataset folder"
     if (place / "recipe.yaml").is_file():
         remedy = f"edc-hub condense {place}/recipe.yaml goes on with the run"
-    raise InputError(f"dataset: no finished set in {called or place}, manifest.json is missing; {remedy}")
+    raise InputError(f"{key}: no finished set in {called or place}, manifest.json is missing; {remedy}")
 
 
 def run_of(folder: Path, control: str | None) -> Path | None:

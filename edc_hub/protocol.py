@@ -4,6 +4,7 @@ A protocol is a file of `recipes/protocols`, read as a method's file is; `evalua
 it stand above its values. Nothing here imports torch.
 """
 
+import hashlib
 import re
 from typing import Any, Literal
 
@@ -87,21 +88,27 @@ class Evaluation(Section):
     per_student: dict[str, dict[str, Any]] = Field({}, description="keys of one student: {convnet3: {lr: 0.01}}")
 
 
-def in_use(section: Evaluation) -> Evaluation:
-    """The section with the keys that nothing reads, beside its others, at their defaults."""
+def unread(section: Evaluation) -> set[str]:
+    """Keys that nothing reads, as the others are: of no student, where some have values of their own."""
+    students = named_students(section).items() if section.per_student else ()
+    own = [of_student(section, name, student.arch) for name, student in students] or [section]
     read = {
-        "teachers": section.labels == "online",
-        "shuffled": section.labels in ("stored", "hard"),
-        "view": section.augment == "own",
-        "ce_weight": section.loss == "mse_ce",
-        "temperature": section.loss == "kl",
-        "momentum": section.optimizer == "sgd",
-        "zeta": section.schedule in ("smooth", "ssrs", "linear"),
-        "milestones": section.schedule == "multistep",
-        "gamma": section.schedule in ("multistep", "alrs"),
+        "teachers": any(each.labels == "online" for each in own),
+        "shuffled": any(each.labels in ("stored", "hard") for each in own),
+        "view": any(each.augment == "own" for each in own),
+        "ce_weight": any(each.loss == "mse_ce" for each in own),
+        "temperature": any(each.loss == "kl" for each in own),
+        "momentum": any(each.optimizer == "sgd" for each in own),
+        "zeta": any(each.schedule in ("smooth", "ssrs", "linear") for each in own),
+        "milestones": any(each.schedule == "multistep" for each in own),
+        "gamma": any(each.schedule in ("multistep", "alrs") for each in own),
     }
-    unread = {key: Evaluation.model_fields[key].get_default() for key, is_read in read.items() if not is_read}
-    return section.model_copy(update=unread)
+    return {key for key, is_read in read.items() if not is_read}
+
+
+def in_use(section: Evaluation) -> Evaluation:
+    """The section with the keys that nothing reads at their defaults."""
+    return section.model_copy(update={key: Evaluation.model_fields[key].get_default() for key in unread(section)})
 
 
 def student_name(student: str | Student) -> str:
@@ -109,7 +116,10 @@ def student_name(student: str | Student) -> str:
     if isinstance(student, str):
         return student
     own = (f"-{key}{value}" for key, value in student.args.items())
-    return student.name or re.sub(r"[^\w./+-]+", "-", student.arch + "".join(own)).rstrip("-")
+    made = re.sub(r"[^\w./+-]+", "-", student.arch + "".join(own)).rstrip("-")
+    if student.args and len(made) > 80:  # it is part of the names of files
+        made = f"{made[:70]}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+    return student.name or made
 
 
 def named_students(section: Evaluation) -> dict[str, Student]:

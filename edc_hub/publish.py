@@ -65,7 +65,7 @@ def push(
     """
     from . import manifest  # which imports torch, as all that reads sets does
 
-    folder = manifest.folder_of(folder)
+    folder = manifest.folder_of(folder, key="run")
     names = [id, *([observers] if observers else [])]
     for name in names:
         hub.check(name, tag)

@@ -68,6 +68,7 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
         "bytes": bench.lessons.bytes(first, asked.evaluation.labels),
         "label_epochs": first.epochs,
         "published_as": papers,
+        "averaged": [name for name, section in bench.sections.items() if section.ema.decay],
         "rows": rows,
         "unavailable": bench.unavailable,
         "hardware": _joined([{"device": each["device"], **(unknown | each)["hardware"]} for each in every]),
@@ -124,9 +125,10 @@ def replaces(found: dict[str, Any], folder: Path, session: Session) -> bool:
         ]
     except (KeyError, TypeError):  # none there, or a damaged one
         return True
-    if sets_own == [False, True] or (protocols[0] == protocols[1] and not more):
+    alike = protocols[0] == protocols[1] or sets_own == [True, True]  # names of one protocol may differ by version
+    if sets_own == [False, True] or (alike and not more):
         return True
-    if protocols[0] == protocols[1]:
+    if alike:
         why, remedy = f"of more students ({more[0]})", "name all in one command, which finds trained students, or "
     else:
         why, remedy = f"of protocol {protocols[0]}", ""

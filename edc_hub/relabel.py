@@ -90,7 +90,7 @@ def read(parsed: Parsed) -> "tuple[Foreign, Recipe, RealSet]":
         raise InputError(f"{what}; write --images.grid {found.grid}")
     rules.validate_cuts(recipe, size)
     if recipe.relabel.controls:
-        source.check_ipc(real, recipe.ipc * grid**2)
+        source.check_ipc(real, recipe.ipc, grid**2)
     launch.refuse_another_recipe(recipe, folder / "dataset" / "recipe.yaml")
     _refuse_other_images(folder / "dataset", found)
     return found, recipe, real

@@ -52,7 +52,7 @@ def table(results: dict[str, Any]) -> str:
                 continue
             start = f"{line.title:<{width}}{line.n:>5}{line.live:>13}{line.ema:>13}{line.images:>10}{line.bytes:>10}"
             parts.append(_filled(f"{start}  {line.note}", len(start) + 2))
-        parts += [_filled(text) for text in _beside(own)]
+        parts += [_filled(text) for text in _beside(own, _averaged(results["about"], student))]
     return "\n".join(line.rstrip() for line in parts) + "\n"
 
 
@@ -71,7 +71,7 @@ def markdown(results: dict[str, Any]) -> str:
             parts.append(f"| {' | '.join(cell.strip().replace('|', '/') for cell in cells)} |")
     parts += ["", *(f"- {name}: {text}" for name, text in _facts(results["about"]).items())]
     for student, own in results["students"].items():
-        parts += [f"- {student}, {text}" for text in _beside(own)]
+        parts += [f"- {student}, {text}" for text in _beside(own, _averaged(results["about"], student))]
     return "\n".join(parts)
 
 
@@ -98,7 +98,7 @@ def _facts(about: dict[str, Any]) -> dict[str, str]:
 
 def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     about, own = results["about"], results["students"][student]
-    averaged = about["evaluation"]["ema"]["decay"] or about["evaluation"]["per_student"]
+    averaged = _averaged(about, student)
     steps = _steps(own["rows"].get("set"))
     for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
@@ -139,12 +139,18 @@ def _steps(row: dict[str, Any] | None) -> int | None:
     return row["each"][0]["steps"] if row else None
 
 
-def _beside(own: dict[str, Any]) -> list[str]:
+def _averaged(about: dict[str, Any], student: str) -> bool:
+    """Whether a student's weights were averaged; results of earlier commits do not say."""
+    return student in about.get("averaged", [student])
+
+
+def _beside(own: dict[str, Any], averaged: bool) -> list[str]:
     """DD-Ranking's scores and published figures of one student, where there are any."""
     parts, scores = [], own["dd_ranking"]
     if scores:
-        shown = (f"{name.upper()} {by['live']:.3f} / {by['ema']:.3f}" for name, by in scores.items())
-        parts.append(f"DD-Ranking as fractions, live / EMA: {', '.join(shown)}")
+        weights = WEIGHTS if averaged else ("live",)
+        shown = (f"{name.upper()} {' / '.join(f'{by[it]:.3f}' for it in weights)}" for name, by in scores.items())
+        parts.append(f"DD-Ranking as fractions, live{' / EMA' if averaged else ''}: {', '.join(shown)}")
     if own["published"]:
         shown = (f"{it['method']} {percent(it['accuracy'], it['std'])} ({it['as']})" for it in own["published"])
         parts.append(f"published: {', '.join(shown)}; in brackets the epoch")

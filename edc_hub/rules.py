@@ -49,7 +49,7 @@ def _protocol(section: Evaluation, size: int) -> Iterator[str]:
                 "write augment: set, or labels: online"
             )
         if each.teachers and each.labels != "online":
-            yield f"evaluation.teachers: none labels with labels: {each.labels}; write labels: online, or teachers: []"
+            yield f"evaluation.teachers: not asked with labels {each.labels}; write labels: online, or teachers: []"
         if each.augment == "own":
             _divides("evaluation.view.shuffle", each.view.shuffle, "strips", size, 0)
 
@@ -92,7 +92,7 @@ def _observers(recipe: Recipe) -> Iterator[str]:
         yield "observers.networks: none given, and soft labels need one; write e.g. [{name: a, arch: resnet18}]"
     trained = [net.name for net in networks if net.train]
     if recipe.source.streaming and trained:
-        yield f"source.streaming: {', '.join(trained)} would train in random order; write false, or give it weights"
+        yield f"source.streaming: {', '.join(trained)} would train in random order; write false, or give them weights"
     users = {"relabel": True, "synthesize": recipe.synthesize.iterations > 0}
     users["initialize"] = recipe.initialize.kind in ("rded", "kmeans")
     for section, used in users.items():
@@ -229,6 +229,6 @@ def _hub(recipe: Recipe) -> Iterator[str]:
         if name is not None and (problem := misnamed(name)):
             yield f"hub.{key}: {problem}"
     if section.push and recipe.relabel.codec == "observers" and section.observers is None:
-        yield "hub.observers: a set without stored views is published with them; write --hub.observers ORG/NAME"
+        yield "hub.observers: a set without stored views needs its observers beside it; write --hub.observers ORG/NAME"
     if section.tag is not None and not NUMBERED.fullmatch(section.tag):
         yield f"hub.tag: {section.tag!r} is no version; write e.g. v1.0.0, or null"

@@ -76,17 +76,17 @@ def load(section: recipe.Source, split: Literal["train", "holdout", "test"] = "t
     )
 
 
-def check_ipc(real: RealSet, ipc: int) -> None:
-    """Raises InputError naming the class that has the fewest images, if these are fewer than `ipc`."""
-    counts = torch.bincount(real.labels[real.labels >= 0], minlength=len(real.names))
+def check_ipc(real: RealSet, ipc: int, each: int = 1) -> None:
+    """Raises InputError naming the class with the fewest images, if these are fewer than `ipc` of `each` pictures."""
+    counts, wanted = torch.bincount(real.labels[real.labels >= 0], minlength=len(real.names)), ipc * each
     least = int(counts.argmin())
-    if counts[least] < ipc:
-        short = int((counts < ipc).sum())
-        others = f" ({short} classes have fewer than {ipc})" if short > 1 else ""
-        raise InputError(
-            f"ipc: {ipc} images a class, but class '{real.names[least]}' of {real.id} has {counts[least]}{others}; "
-            "lower ipc, or initialize.factor or images.grid that multiply it, or leave such out with source.classes"
-        )
+    if counts[least] < wanted:
+        short = int((counts < wanted).sum())
+        others = f" ({short} classes have fewer than {wanted})" if short > 1 else ""
+        made, key = (f" of {each} pictures", ", initialize.factor or images.grid") if each > 1 else ("", "")
+        there = f"class '{real.names[least]}' of {real.id} has {counts[least]}{others}"
+        remedy = f"lower ipc{key}, or leave such classes out with source.classes"
+        raise InputError(f"ipc: {ipc} images{made} a class, but {there}; {remedy}")
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:

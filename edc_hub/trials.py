@@ -228,7 +228,8 @@ class Bench:
             about["filled"] = True  # its one batch, for the teachers
         if section.ema.decay and section.ema.bn == "reestimated":
             about["clean"] = "by batch"  # its crops were drawn for as many views as the device makes at once
-        later = {"shuffled"} if section.shuffled == "rows" else set()  # so that students trained before are found
+        used = in_use(section)
+        later = {"shuffled"} if used.shuffled == "rows" else set()  # so that students trained before are found
         fingerprint = work.fingerprint(
             STAGE,
             VERSION,
@@ -236,7 +237,7 @@ class Bench:
             **about,
             views=views.VERSION,
             student=given.model_dump(exclude={"name"}) | {"arch": networks.identity(given.arch)},
-            section=in_use(section).model_dump(mode="json", exclude=_NOT_OF_ONE | later),
+            section=used.model_dump(mode="json", exclude=_NOT_OF_ONE | later),
             teachers=[*self.teachers.fingerprints, self.teachers.of_batches] if section.labels == "online" else None,
             real=self.real.fingerprint if row.images in ("real", "whole") else None,
             test=[self.judged_on.fingerprint, self.comparison.split],

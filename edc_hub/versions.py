@@ -31,7 +31,7 @@ def misnamed(id: str) -> str | None:
         validate_repo_id(id)
         reason = "" if "/" in id else "it names no owner"
     except HFValidationError as error:
-        reason = str(error).strip(".")
+        reason = str(error).partition(": '")[0].strip(".")
     return f"{id!r} is no name of a repository; write ORG/NAME ({reason})" if reason else None
 
 

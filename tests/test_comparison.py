@@ -105,6 +105,16 @@ def test_the_name_of_a_row_leaves_out_what_nothing_reads(ask):
         assert ask(*line, f"--evaluation.{key}", value).protocol == f"rded ({shown}, labels of 2 networks)"
 
 
+def test_the_name_of_a_row_leaves_out_what_is_no_longer_read(ask):
+    line = ("--evaluation.protocol", "dc", "--evaluation.schedule", "smooth")
+    assert ask(*line).protocol == "dc (schedule smooth)"  # and not the milestones that the preset has
+    stored = ("--evaluation.protocol", "rded", "--evaluation.labels", "stored", "--evaluation.augment", "set")
+    assert "view" not in ask(*stored).protocol
+    own = ("--evaluation.momentum", "0.5", "--evaluation.per_student.narrow.optimizer", "sgd")
+    assert "momentum 0.5" in ask(*own).protocol  # of the one that it is read for
+    assert "momentum" not in ask(*own[:2]).protocol
+
+
 def test_the_name_of_a_row_shows_labels_that_its_method_makes_otherwise(copied):
     made = {"rand_augment": 2, "observer_mode": "batch", "crop_area": [0.9, 1.0]}
     folder = copied(recipe={"relabel": made, "evaluation": {"epochs": 3}})
@@ -119,6 +129,8 @@ def test_a_student_with_arguments_and_no_name_is_not_called_like_the_plain_one()
         "convnet",
     ]
     assert student_name(Student(name="mine", arch="convnet", args=args)) == "mine"
+    long = [student_name(Student(arch="transformers/vit", args={"x" * 200: value})) for value in (1, 2)]
+    assert long[0] != long[1] and max(map(len, long)) <= 80  # it is part of the names of files
 
 
 @pytest.mark.parametrize("codec, said", [("int8", "int8 labels"), ("top_k", "top 10 labels"), ("dense", None)])
@@ -235,7 +247,7 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
         ("--evaluation.augment own", "evaluation.augment: own, but stored labels are those of the set's own views"),
         (
             '--evaluation.teachers [{"name":"a","arch":"resnet18","weights":"W"}]',
-            "evaluation.teachers: none labels with labels: stored",
+            "evaluation.teachers: not asked with labels stored",
         ),
         ("--evaluation.batch 1", "evaluation.batch: expected at least 2, got 1"),
         ("--evaluation.view.crop_area 1,0.5", "evaluation.view.crop_area: the smallest area comes first"),

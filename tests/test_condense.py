@@ -183,10 +183,15 @@ def test_two_processes_give_the_bytes_of_one(finished, recipe, tmp_path):
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
 
 
-def test_torchrun_ends_with_what_its_processes_say(recipe, tmp_path):
+def test_torchrun_ends_with_what_its_processes_say(finished, recipe, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    two = [*launcher, "-m", "edc_hub.condense", *arguments(recipe, tmp_path, "--ipc", "ten")]
-    done = subprocess.run(two, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    launcher += ["-m", "edc_hub.condense"]
+    how = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 300}
+    before = digests(finished[0])
+    done = subprocess.run([*launcher, *arguments(recipe, finished[0])], **how)  # finds what one process made
+    assert done.returncode == 0 and done.stdout.split() == [str(finished[0] / "run/dataset")], done.stderr
+    assert digests(finished[0]) == before
+    done = subprocess.run([*launcher, *arguments(recipe, tmp_path, "--ipc", "ten")], **how)
     assert done.returncode == 1 and "ipc: expected an integer, got 'ten'; write e.g. --ipc 10" in done.stderr
 
 
@@ -229,7 +234,6 @@ def test_ten_kills_at_random_moments_and_the_same_command_give_the_bytes_of_an_u
     done = fresh.run(KILLED, *argv, env=ENVIRONMENT, timeout=1500)  # 20 s alone
     assert done.returncode == 0, done.stderr
     places = sorted(tmp_path.iterdir())
-    assert places
     for place in places:
         assert digests(place) == digests(finished[0])
         assert not list(place.rglob("*.progress")) and not list((place / "artifacts").rglob("*.tmp"))

@@ -297,7 +297,10 @@ def test_finished_images_are_found_and_only_keys_that_matter_change_them(folder,
     [
         ({"ipc": 21}, "ipc: 21 images a class, but class 'a'"),
         ({"ipc": 21, "kind": "noise"}, "ipc: 21 images a class, but class 'a'"),  # the random controls need them
-        ({"kind": "rded", "factor": 3}, "ipc: 36 images a class, but class .* has 20.*; lower ipc, or .*factor"),
+        (
+            {"kind": "rded", "factor": 3},
+            "ipc: 4 images of 9 pictures a class, .* has 20.*; lower ipc, initialize",
+        ),
     ],
 )
 def test_what_cannot_be_made_is_said_before_any_work(folder, observers, session, keys, named):

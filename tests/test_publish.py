@@ -288,7 +288,7 @@ def test_wrong_words_are_answered_in_one_line(publish, dataset):
         ([dataset, "org/a", "--observers", "org/b.git"], "'org/b.git' is no name of a repository"),
         ([dataset, "org/name", "--tag", "1.0"], "--tag v1.0.0"),
         ([dataset, "org/name", "--tags", "v1.0.0"], "did you mean 'tag'"),
-        (["/nowhere/at/all", "org/name"], "dataset: no finished set in /nowhere/at/all"),
+        (["/nowhere/at/all", "org/name"], "run: no finished set in /nowhere/at/all"),
     ):
         done = publish(*argv)
         assert done.status == 2 and said in done.err and len(done.err.splitlines()) == 1

@@ -516,7 +516,7 @@ def test_every_shipped_file_is_read_and_every_recipe_written_as_without_libyaml(
 
 
 @pytest.mark.parametrize(
-    "value", ["2e-5", "a\tb", "a\n b", "\\", "\x07", "😀", "é?", "", "x" * 200, "yes", "'", "#", "a: b"]
+    "value", ["2e-5", "a\tb", "a\n b", "\\", "\x07", "😀", "é?", "", "x" * 200, "yes", "'", "#", "a: b", "\udcff"]
 )
 def test_an_odd_text_is_written_as_without_libyaml_and_comes_back(value):
     content = {value: [value, {"a": value}]}

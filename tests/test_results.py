@@ -46,7 +46,8 @@ def about(**other) -> dict:
     return {
         "set": {**made, "seeds": [0], "fingerprints": ["f" * 16]},
         "protocol": "edc (epochs 200)",
-        "evaluation": {"labels": "stored", "ema": {"decay": 0.99}, "per_student": {}},
+        "evaluation": {"labels": "stored"},
+        "averaged": ["resnet18", "convnet"],
         "split": "test",
         "test": {**test, "images": 10_000, "transform": "shorter side 32", "split": "test", "own": True},
         "published_as": {name: name for name in ("resnet18", "convnet")},
@@ -177,11 +178,14 @@ def test_the_row_of_a_protocol_of_hard_labels_is_that_of_the_scores():
 
 
 def test_without_an_average_there_is_no_figure_of_one():
-    protocol = {**about()["evaluation"], "ema": {"decay": 0.0}}
-    plain = results.summarise([*trained("set", 0.5), *trained("initial", 0.4)], about(evaluation=protocol))
+    outcomes = [*trained("set", 0.5), *trained("initial", 0.4), *trained("random", 0.3)]
+    plain = results.summarise(outcomes, about(averaged=["another student"]))
     for shown in (report.table(plain), report.markdown(plain)):
         for title in ("condensed set", "margin over (i)"):
             assert "-" in row_of(shown, title).replace("|", " ").replace("*", "").split()
+        assert "DD-Ranking as fractions, live: IOR 0.200\n" in shown + "\n"
+    averaged = results.summarise(outcomes, about(averaged=["resnet18"]))
+    assert averaged["students"] == plain["students"] and "live / EMA: IOR" in report.table(averaged)
 
 
 def test_scores_are_left_out_where_their_ingredients_are_missing():
