@@ -93,8 +93,8 @@ def measure(
     from .trials import Bench
 
     bench = Bench(parsed.comparison, parsed.sets, session, folder)
-    session.report(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
     bench.check()
+    session.report(bench.heading(parsed.protocol))
     done = bench.run(bench.trials())
     outcomes = [record.outcome(each, bench) for each in done]
     return results.summarise(outcomes, record.about(parsed, bench, done, session)), done, outcomes

@@ -29,7 +29,7 @@ def show(parsed: Parsed, folder: Path, session: Session) -> None:
     every, seconds = bench.trials(), 0.0
     missing = [trial for trial in every if not session.store.has(bench.unit(trial))]
     if session.state.is_main_process:
-        print(f"{bench.judged_on.id}, split {bench.judged_on.split}: protocol {parsed.protocol}")
+        print(bench.heading(parsed.protocol))
         print(f"results: {folder}\n\n{'student':<24}{'to train':>12}{'steps take':>12}", flush=True)
     for name in bench.sections:
         own = [trial for trial in missing if trial.student == name]

@@ -103,6 +103,11 @@ class Bench:
         """The classes of the test images, int64 (T,); reads no image."""
         return self.judged_on.labels[self.judged_on.rows()]
 
+    def heading(self, protocol: str) -> str:
+        """What students are judged on and how they are trained, in a line."""
+        split = self.judged_on.split if self.comparison.split == "test" else f"holdout of {self.judged_on.split}"
+        return f"{self.judged_on.id}, split {split}: protocol {protocol}"
+
     def network(self, name: str, seed: int) -> Network:
         """A student with random weights. Raises InputError for a name or a size that does not work."""
         given, facts = self.students[name], self.sets[0].manifest["images"]
@@ -206,11 +211,8 @@ class Bench:
         given, made = self.students[trial.student], trial.images.manifest
         images = dict(made["images"])
         count = images.pop("count")
-        about = {
-            "images": images,
-            "classes": made["classes"],
-            "view": feed.settings(made["soft_labels"]).model_dump(),
-        }
+        view = feed.settings(made["soft_labels"]).model_dump()
+        about = {"images": images, "classes": made["classes"], "view": view}
         if row.images != "whole":  # the whole real set is the same for every condensed one
             about |= {"files": made["configs"], "count": count}
             about |= {"decode": made["decode"]} if "decode" in made else {}

@@ -199,9 +199,10 @@ def test_what_a_person_wrote_in_the_card_stays(whole, toy_run):
     card.write_text(card.read_text().removesuffix(mine))
 
 
-def test_a_holdout_is_measured_for_a_choice_and_is_no_result_of_the_set(whole, toy_run, tmp_path):
+def test_a_holdout_is_measured_for_a_choice_and_is_no_result_of_the_set(whole, toy_run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")}
     found = run(toy_run, *FEW, "--split", "holdout", out=tmp_path / "out")
+    assert "split holdout of train: protocol edc" in capsys.readouterr().err
     assert found["about"]["split"] == "holdout" and found["about"]["test"]["images"] == 9  # a quarter of 36
     assert {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")} == before
 
