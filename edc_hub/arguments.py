@@ -104,7 +104,7 @@ def of_run(
 def _value(text: str, path: str, kind: str) -> Any:
     if kind in ("text", "text or null"):
         return None if text == "null" else text  # a revision 12e45 or a folder 2024, whatever YAML takes it for
-    listed = kind.startswith("list of") and text[:1] not in "[{\"'" and text != "null"
+    listed = kind.startswith("list of") and not text.startswith(("[", "{", '"', "'")) and text != "null"
     if listed and kind in ("list of text", "list of text or null"):
-        return [part.strip() for part in text.removesuffix(",").split(",")]  # *@4 is no alias of YAML's
+        return [part.strip() for part in text.split(",") if part.strip()]  # *@4 is no alias of YAML's
     return read(f"[{text}]" if listed else text, f"--{path}")

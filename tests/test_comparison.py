@@ -282,6 +282,7 @@ def test_a_wrong_command_line_is_answered_in_one_line(toy_run, argv, line):
 def test_without_a_set_there_is_nothing_to_do():
     assert error() == "dataset: none given; write --dataset FOLDER or --dataset ORG/NAME"
     assert error("cifar10").startswith("dataset: none given")
+    assert error("--dataset", "").startswith("dataset: none given")  # a variable of the shell that is not set
     assert error("--dataset", "~nosuchuser/x").startswith("dataset: no home folder for ~nosuchuser/x")
     assert "is too long for a path" in error("--dataset", "a" * 300)
 
