@@ -85,7 +85,7 @@ def diagnose(found: "Finished", options: Options, folder: Path) -> dict[str, Any
     place = folder / "diagnosis.json"
     content = _merged(place, found.about, made, clock.seconds, unavailable)
     if found.session.state.is_main_process:
-        disk.write_atomically(place, lambda path: path.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+        disk.write_text(place, json.dumps(content, indent=2) + "\n")
         panels.picture(folder / "diagnosis.png", content)
         print(panels.table({**made, "unavailable": unavailable}), end="")
         found.session.report(f"\ndiagnosis.json and diagnosis.png in {folder}")
@@ -152,7 +152,13 @@ def _refuse_without_views(found: "Finished") -> None:
         raise InputError("the set stores no labelled views (relabel.codec observers); leave this measure out")
 
 
-_PREPARE = dict(zip(MEASURES, (_hessian, _gradients, _moments, _views, _agreement), strict=True))
+_PREPARE = {
+    "hessian": _hessian,
+    "gradients": _gradients,
+    "moments": _moments,
+    "views": _views,
+    "agreement": _agreement,
+}
 
 
 if __name__ == "__main__":

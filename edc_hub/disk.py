@@ -163,7 +163,7 @@ def lock(folder: Path, waits: Callable[[str], None] | None = None) -> Iterator[N
             waits(f"{others}; waiting for it")
             held.acquire()
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        write_atomically(owner, lambda path: path.write_text(json.dumps(me)))
+        write_text(owner, json.dumps(me))
     except OSError as error:
         reason = _disk_error(error) or f"{error}; choose another output_dir"
         raise InputError(f"output_dir: cannot write {folder}: {reason}") from error

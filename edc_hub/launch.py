@@ -184,7 +184,7 @@ def begin(recipe: Recipe, folder: Path, running: "Session") -> None:
 
 def keep(recipe: Recipe, folder: Path) -> None:
     """Writes the resolved recipe into the run folder."""
-    disk.write_atomically(folder / "recipe.yaml", lambda path: path.write_text(recipes.dump(recipe), "utf-8"))
+    disk.write_text(folder / "recipe.yaml", recipes.dump(recipe))
 
 
 @contextmanager

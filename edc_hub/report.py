@@ -14,6 +14,7 @@ from .results import PAIRS, ROWS, WEIGHTS, amount, percent
 
 WIDTH = 120
 _MARGIN = "margin over (i)"
+_NONE = "-" + " " * 6  # as wide as a figure without a spread is behind its point
 _STYLES = {
     "set": {"color": "#0072b2", "linewidth": 2.2},
     "initial": {"color": "#e69f00", "linewidth": 1.4},
@@ -42,7 +43,7 @@ class Line(NamedTuple):
 def table(results: dict[str, Any]) -> str:
     """Plain text for a terminal, at most WIDTH wide."""
     parts = [_filled(f"{name}: {text}") for name, text in _facts(results["about"]).items()]
-    for student, own in results["students"].items():
+    for student in results["students"]:
         width = max(len(row.title) for row in ROWS.values())
         head = f"{student[-width:]:<{width}}{'n':>5}{'live':>13}{'EMA':>13}{'images':>10}{'bytes':>10}"
         parts += ["", head, "-" * len(head)]
@@ -52,7 +53,7 @@ def table(results: dict[str, Any]) -> str:
                 continue
             start = f"{line.title:<{width}}{line.n:>5}{line.live:>13}{line.ema:>13}{line.images:>10}{line.bytes:>10}"
             parts.append(_filled(f"{start}  {line.note}", len(start) + 2))
-        parts += [_filled(text) for text in _beside(own, _averaged(results["about"], student))]
+        parts += [_filled(text) for text in _beside(results, student)]
     return "\n".join(line.rstrip() for line in parts) + "\n"
 
 
@@ -70,8 +71,8 @@ def markdown(results: dict[str, Any]) -> str:
             cells = ["" if number else f"**{student}**", *row]
             parts.append(f"| {' | '.join(cell.strip().replace('|', '/') for cell in cells)} |")
     parts += ["", *(f"- {name}: {text}" for name, text in _facts(results["about"]).items())]
-    for student, own in results["students"].items():
-        parts += [f"- {student}, {text}" for text in _beside(own, _averaged(results["about"], student))]
+    for student in results["students"]:
+        parts += [f"- {student}, {text}" for text in _beside(results, student)]
     return "\n".join(parts)
 
 
@@ -113,13 +114,13 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
         if steps and _steps(found) != steps:
             notes.append(f"{_steps(found):,} steps")
         live, ema = (_column(**found[weights]) for weights in WEIGHTS)
-        ema = ema if averaged else "-" + " " * 6
+        ema = ema if averaged else _NONE
         images = f"{about_row['images']:,}"
         size = "" if about_row["bytes"] is None else amount(about_row["bytes"])
         yield Line(title, str(found["n"]), live, ema, images, size, "; ".join(notes))
     if margin := own["margin"]:
         live, ema = (_column(margin[it], margin["std"][it], "+") for it in WEIGHTS)
-        yield Line(_MARGIN, str(margin["n"]), live, ema if averaged else "-" + " " * 6)
+        yield Line(_MARGIN, str(margin["n"]), live, ema if averaged else _NONE)
 
 
 def _notes(each: list[dict[str, Any]]) -> list[str]:
@@ -144,8 +145,9 @@ def _averaged(about: dict[str, Any], student: str) -> bool:
     return student in about.get("averaged", [student])
 
 
-def _beside(own: dict[str, Any], averaged: bool) -> list[str]:
+def _beside(results: dict[str, Any], student: str) -> list[str]:
     """DD-Ranking's scores and published figures of one student, where there are any."""
+    own, averaged = results["students"][student], _averaged(results["about"], student)
     parts, scores = [], own["dd_ranking"]
     if scores:
         weights = WEIGHTS if averaged else ("live",)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import accuracy, controls, feed, launch, lessons, networks, recipes, source, students, teachers, views, work
+from . import controls, feed, judged, launch, lessons, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
@@ -85,7 +85,7 @@ class Bench:
     def judged_on(self) -> RealSet:
         """The split that accuracy is measured on. Raises InputError where its classes are not the set's, or where it
         is kept from other training images than the set's."""
-        split = accuracy.open_split(self.comparison, self.size, self.sets[0].names)
+        split = judged.open_split(self.comparison, self.size, self.sets[0].names)
         if self.comparison.split == "holdout" and self.other_images:  # a row's lot hangs on its number
             raise InputError(
                 f"split: holdout, but {self.other_images} and may have seen some of these; give source.path and "
@@ -96,7 +96,7 @@ class Bench:
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
         """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
-        return accuracy.centres(self.judged_on, self.size)
+        return judged.centres(self.judged_on, self.size)
 
     @property
     def truth(self) -> Tensor:
