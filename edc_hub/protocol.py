@@ -92,16 +92,20 @@ def unread(section: Evaluation) -> set[str]:
     """Keys that nothing reads, as the others are: of no student, where some have values of their own."""
     students = named_students(section).items() if section.per_student else ()
     own = [of_student(section, name, student.arch) for name, student in students] or [section]
+    return set.intersection(*map(_unread, own))
+
+
+def _unread(section: Evaluation) -> set[str]:
     read = {
-        "teachers": any(each.labels == "online" for each in own),
-        "shuffled": any(each.labels in ("stored", "hard") for each in own),
-        "view": any(each.augment == "own" for each in own),
-        "ce_weight": any(each.loss == "mse_ce" for each in own),
-        "temperature": any(each.loss == "kl" for each in own),
-        "momentum": any(each.optimizer == "sgd" for each in own),
-        "zeta": any(each.schedule in ("smooth", "ssrs", "linear") for each in own),
-        "milestones": any(each.schedule == "multistep" for each in own),
-        "gamma": any(each.schedule in ("multistep", "alrs") for each in own),
+        "teachers": section.labels == "online",
+        "shuffled": section.labels in ("stored", "hard"),
+        "view": section.augment == "own",
+        "ce_weight": section.loss == "mse_ce",
+        "temperature": section.loss == "kl",
+        "momentum": section.optimizer == "sgd",
+        "zeta": section.schedule in ("smooth", "ssrs", "linear"),
+        "milestones": section.schedule == "multistep",
+        "gamma": section.schedule in ("multistep", "alrs"),
     }
     return {key for key, is_read in read.items() if not is_read}
 

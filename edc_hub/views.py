@@ -122,7 +122,8 @@ def _crops(count: int, size: int, area: list[float], generator: torch.Generator)
 
 
 def partners(count: int, generator: torch.Generator) -> Tensor:
-    """With whom each of `count` is mixed, int64 (count,): one cycle through all, never itself."""
+    """With whom each of `count` is mixed, int64 (count,): one cycle through all, never itself,
+    which in the papers' code one in `count` is."""
     order = torch.randperm(count, generator=generator)
     return torch.empty_like(order).index_copy_(0, order, order.roll(1))
 
