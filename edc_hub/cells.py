@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -68,6 +68,8 @@ class Sweep(Choices):
 class _Known(Choices, Recipe):
     """Every key of the command line."""
 
+    owner: ClassVar[str] = "this command"
+
 
 class Cell(NamedTuple):
     """A row under a column."""
@@ -102,6 +104,9 @@ def parse(argv: list[str]) -> Parsed:
             f"sweep: expected one, got {len(named)}; write a YAML file or one of: {recipes.listing(SHIPPED)}"
         )
     file = recipes.find(named[0], SHIPPED, "sweep")
+    for path in keys.leaves(given, _Known).keys() - keys.table(_Known):
+        if not path.startswith("options."):  # said of what was typed, not of a row
+            raise InputError(f"{path}: unknown key{keys.meant(path, _Known)}")
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}
     sweep = _model(documents.load(file) | chosen)
     if sweep.students is not None:

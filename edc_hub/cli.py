@@ -4,7 +4,7 @@ import difflib
 import sys
 from importlib import import_module
 
-from . import __version__, launch
+from . import __version__
 from .errors import InputError
 
 
@@ -26,9 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     The module of a command has `main(argv)`, which returns the status.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in _COMMANDS:
-        return import_module(f".{argv[0]}", __package__).main(argv[1:])
-    return launch.status(lambda: _without_command(argv))
+    try:
+        if argv and argv[0] in _COMMANDS:
+            return import_module(f".{argv[0]}", __package__).main(argv[1:])
+        from . import launch
+
+        return launch.status(lambda: _without_command(argv))
+    except KeyboardInterrupt:  # while it was imported
+        print("edc-hub: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
 
 
 def _without_command(argv: list[str]) -> None:

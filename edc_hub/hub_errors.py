@@ -132,9 +132,14 @@ def _reading(error: Exception, id: str, words: str) -> str | None:
         return None
     if isinstance(error, RevisionNotFoundError):
         return f"revision: {id} has no{words.removeprefix(' at revision')}; see its tags on the Hub"
+    give = "give the dataset folder of a finished run or ORG/NAME"
+    if isinstance(error, HFValidationError):
+        return f"{id}: no folder here, and no data set on the Hub can have this name; {give}"
+    if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
+        return f"{id}: no folder here, not in the cache{words}, and HF_HUB_OFFLINE is set; unset it, or {give}"
     return (
         f"{id}: neither a folder here nor a data set on the Hub{words} that can be reached ({first_line(error)}); "
-        "give the dataset folder of a finished run or ORG/NAME, and log in with `hf auth login` if it is private"
+        f"{give}, and log in with `hf auth login` if it is private"
     )
 
 

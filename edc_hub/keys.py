@@ -251,7 +251,7 @@ def meant(path: str, root: type[Section], flags: Collection[str] = (), above: st
         near = [known for known in every if known.rpartition(".")[2] in alike]
     if near:
         return f"; did you mean {' or '.join(map(repr, near))}?"
-    place = section or above or root.called
+    place = section or above or root.owner
     return f"; {place} has: {', '.join(here)}" if here else "; see --help"
 
 

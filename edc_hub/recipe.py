@@ -239,7 +239,7 @@ class Options(Section):
 class Recipe(Section):
     """A whole run."""
 
-    called: ClassVar[str] = "a recipe"
+    owner: ClassVar[str] = "a recipe"
     name: Name = Field("digits", description="names the run folder; picks a method's values, as cifar10; else all")
     method: str = Field("edc", description="one of recipes/methods, or a function package.module:function")
     options: Options = Field(Options(), description="what a method that is a function reads: --options.NAME VALUE")

@@ -57,6 +57,8 @@ def parse(argv: list[str], prog: str, **facts: Any) -> Parsed:
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
     content = load(find(named[0]))
     recipe = resolve(content | facts, overrides)
+    if "name" not in content | facts | overrides and recipe.source.path != Recipe().source.path:
+        raise InputError(f"name: none given, and {recipe.name} would bring the values of that set; write name: mine")
     refuse_strangers(overrides, recipe.evaluation)
     return Parsed(recipe, **flags, resolved=content.get("resolved", False))
 

@@ -45,8 +45,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0), AfterValidator(_countable)]
 Above = Annotated[float, Field(gt=0), AfterValidator(_countable)]  # 0 itself
 Decay = Annotated[float, Field(ge=0, lt=1)]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Above], Field(min_length=3, max_length=3)]
+Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]
+Deviations = Annotated[
+    list[Annotated[float, Field(gt=0, le=1), AfterValidator(_countable)]], Field(min_length=3, max_length=3)
+]
 Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
@@ -64,7 +66,7 @@ class Section(BaseModel):
     """A block of a recipe. Unknown keys and wrong types are errors; instances never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False)
-    called: ClassVar[str] = "this command"  # in errors about what it has
+    owner: ClassVar[str] = "this command"  # in errors about what it has
 
 
 class Train(Section):

@@ -86,6 +86,8 @@ def test_a_finished_set_of_another_source_of_the_same_name_is_not_replaced(root,
         ({"paper": {"where": "T", "figures": {"two": {"c": {}}}}}, [], "'c' is no column with students"),
         ({"paper": {"where": "T", "figures": {"two": {"zeta 1": {"x": "?"}}}}}, [], "x: accuracy: expected a number"),
         ({}, ["--evaluation.zeta", "3"], "--evaluation.zeta: column 'zeta 1' sets it; remove it"),
+        ({}, ["--set_sed", "3"], "error: set_sed: unknown key; did you mean 'set_seeds'?"),
+        ({}, ["--synthesize.iteration", "3"], "error: synthesize.iteration: unknown key; did you mean 'iterations'?"),
         ({}, ["--seed", "3"], "--seed: not of a sweep; write set_seeds"),
         ({}, ["--seeds", "0,0"], "seeds: [0, 0]; give at least one, and each once"),
         (

@@ -216,6 +216,7 @@ TWIN = '{"name":"t","arch":"alexnet","weights":"a"}'
     [
         ("--evaluation.epoch 3", "evaluation.epoch: unknown key; did you mean 'epochs'?"),
         ("--seed 3", "seed: unknown key; did you mean 'seeds'?"),
+        ("--foo 3", "foo: unknown key; this command has: dataset, "),
         ("--seeds x", "seeds[0]: expected an integer, got 'x'"),
         ("--seeds []", "seeds: []; give at least one, and each once"),
         ("--seeds 1,1", "seeds: [1, 1]; give at least one, and each once"),

@@ -590,7 +590,11 @@ def test_a_folder_has_no_revision_and_is_no_recipe(toy_run, capsys):
 
 def test_a_set_on_the_hub_that_cannot_be_reached_is_one_line(capsys):
     line = refused(capsys, "--dataset", "nobody/nothing", "--revision", "v9.0.0")  # the tests are offline
-    assert line.startswith("nobody/nothing: neither a folder here nor a data set on the Hub at revision v9.0.0")
+    assert line.startswith("nobody/nothing: no folder here, not in the cache at revision v9.0.0, and HF_HUB_OFFLINE")
+    line = refused(capsys, "--dataset", "~/out")
+    assert line.startswith(
+        "~/out: no folder here, and no data set on the Hub can have this name; give the dataset fold"
+    )
 
 
 def test_a_revision_that_is_not_there_and_a_hub_that_cannot_be_reached_are_one_line(tmp_path):

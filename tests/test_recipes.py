@@ -392,6 +392,7 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
             "--source.std [1,1,0]",
             "source.std[2]: expected more than 0, got 0; write e.g. --source.std '[0.5, 0.5, 0.5]'",
         ),
+        ("--source.mean [122,115,105]", "source.mean[0]: expected at most 1, got 122; write e.g. --source.mean"),
         (
             "--source.mean [1]",
             "source.mean: expected a list of 3, got [1]; write e.g. --source.mean '[0.5, 0.5, 0.5]'",
@@ -445,6 +446,14 @@ def test_the_published_recipe_tells_nothing_of_the_machine(tmp_path, file):
 )
 def test_a_wrong_command_line_is_answered_in_one_line(argv, line):
     assert line in error("digits", *argv.split(" "))
+
+
+def test_a_recipe_of_other_images_has_a_name_of_its_own(file):
+    own = "observers: {networks: [{name: a, arch: resnet18}]}\nsource: "
+    path = file(own + "{path: pets}")
+    assert error(path) == "name: none given, and digits would bring the values of that set; write name: mine"
+    assert parse(path, "--name", "pets").recipe.name == "pets"
+    assert parse(file(own + "{size: 8}", "no-path.yaml")).recipe.name == "digits"
 
 
 @pytest.mark.parametrize(
@@ -613,6 +622,15 @@ def test_the_console_command_answers_with_the_right_status(capsys):
         assert cli.main(argv) == 2
         out, err = capsys.readouterr()
         assert out == "" and line in err and err.count("\n") == 1
+
+
+def test_a_command_that_is_stopped_while_it_is_imported_says_so(monkeypatch, capsys):
+    def stopped(*names):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "import_module", stopped)
+    assert cli.main(["condense", "digits"]) == 130
+    assert capsys.readouterr().err == "edc-hub: stopped; the same command goes on from here\n"
 
 
 def test_help_survives_a_closed_pipe():
