@@ -224,18 +224,6 @@ def test_a_section_behind_any_block_of_code_stays(dataset, code):
     assert "\n## Mine\n\nWords.\n" in kept and kept.count("## License") == 1
 
 
-def test_a_set_that_is_written_again_keeps_them_too(session, tmp_path):
-    folder = written(tmp_path / "dataset", session)
-    with open(folder / "README.md", "a", encoding="utf-8") as file:
-        file.write("\n## Contact\n\nMe.\n")
-    manifest = folder / "manifest.json"
-    manifest.write_text(
-        json.dumps({**json.loads(manifest.read_text("utf-8")), "versions": {"torch": "2.9.0"}}), "utf-8"
-    )
-    written(folder, session, images=noise(COUNT, 16, seed=8))  # which an older torch gave other pixels
-    assert "## Contact\n\nMe." in (folder / "README.md").read_text("utf-8")
-
-
 @pytest.mark.parametrize(
     ("source", "said"),
     [
