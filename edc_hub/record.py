@@ -148,8 +148,8 @@ def curves(done: list[Done]) -> bytes:
 def write(found: dict[str, Any], picture: bytes, folder: Path) -> None:
     """Writes results.json and the curves; into a dataset folder, the table into its card too."""
     results.write(found, folder)
-    readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
+    is_set = (folder / "manifest.json").is_file()
     place = (folder / "assets" if is_set else folder) / "curves.png"
     disk.write_atomically(place, lambda path: path.write_bytes(picture))
-    if is_set and readme.is_file():
-        disk.write_text(readme, card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found)))
+    if is_set:
+        card.again(folder)

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Iterator
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,17 @@ def markdown(results: dict[str, Any]) -> str:
     for student in results["students"]:
         parts += [f"- {student}, {text}" for text in _beside(results, student)]
     return "\n".join(parts)
+
+
+def prefixes(results: dict[str, Any], sha: str) -> list[tuple[int, str, str]]:
+    """What the example of this hash reaches on the first k images of each class: k, accuracy, number of students."""
+    shown = [it for it in results.get("prefixes", ()) if it["example_sha256"] == sha]
+    return [(it["images_per_class"], accuracy(it["accuracy"]), _count(len(it["accuracy"]), "student")) for it in shown]
+
+
+def accuracy(values: list[float]) -> str:
+    """Mean and sample standard deviation of fractions, in %."""
+    return f"{percent(fmean(values), stdev(values) if len(values) > 1 else None)} %"
 
 
 def _facts(about: dict[str, Any]) -> dict[str, str]:

@@ -170,7 +170,7 @@ def test_results_curves_and_the_card_s_table_lie_in_the_run_and_in_every_dataset
         assert (folder / "results.json").read_text() == text
         assert PIL.Image.open(folder / "assets/curves.png").format == "PNG"
         card = (folder / "README.md").read_text()
-        section = card.split("<!-- results -->")[1].split("<!-- /results -->")[0]
+        section = card.split("## Results\n")[1].split("Prefixes, ")[0]
         assert "edc (batch 4, epochs 2, ema decay 0.5, rand_augment 0)" in section and "margin over (i)" in section
         assert "**wide**" in section and "of the last epoch" in section and "| n |" in section
     assert (toy_run / "evaluation/curves.png").is_file() and str(toy_run) not in text
@@ -195,7 +195,7 @@ def test_what_a_person_wrote_in_the_card_stays(whole, toy_run):
     mine = "\n## My notes\n\nmade on a rainy day\n"
     card.write_text(card.read_text() + mine)
     run(toy_run, *FEW)
-    assert card.read_text().endswith(mine) and card.read_text().count("<!-- results -->") == 1
+    assert card.read_text().endswith(mine) and card.read_text().count("## Results\n") == 1
     card.write_text(card.read_text().removesuffix(mine))
 
 
