@@ -91,6 +91,7 @@ def accuracy(values: list[float]) -> str:
 def _facts(about: dict[str, Any]) -> dict[str, str]:
     """What holds for every row, by what it is about."""
     made, test, size, hardware = (about[name] for name in ("set", "test", "bytes", "hardware"))
+    test = {"split": "test", "own": True} | test  # results of earlier commits do not say
     revision = f" at {made['revision']}" if made["revision"] else ""
     commit = f" at {test['commit'][:12]}" if test["commit"] else ""
     parts = {"images": "images", "labels": "soft labels", "views": "view parameters", "observers": "observers"}

@@ -273,6 +273,12 @@ def test_the_holdout_is_never_taken_for_the_test_split():
     assert "split holdout (kept from the training images, for choices)" in text
 
 
+def test_the_card_of_a_set_that_an_earlier_commit_measured_can_be_made_again():
+    found = results.summarise(everything(), about())
+    del found["about"]["test"]["split"], found["about"]["test"]["own"], found["about"]["averaged"]
+    assert "split test, 10,000 images" in report.markdown(found)
+
+
 def test_the_card_has_protocol_students_n_bytes_hardware_controls_and_margin():
     text = report.markdown(results.summarise(everything() + everything(student="convnet"), about()))
     for part in (
