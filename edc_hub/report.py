@@ -29,7 +29,7 @@ _STYLES = {
 
 
 class Line(NamedTuple):
-    """A row as a table shows it; `missing` says why there is none."""
+    """A row as a table shows it; `missing` says why there is none, `flag` what asks for it where nobody did."""
 
     title: str
     n: str = ""
@@ -39,6 +39,7 @@ class Line(NamedTuple):
     bytes: str = ""
     note: str = ""
     missing: str = ""
+    flag: str = ""
 
 
 def table(results: dict[str, Any]) -> str:
@@ -50,7 +51,8 @@ def table(results: dict[str, Any]) -> str:
         parts += ["", head, "-" * len(head)]
         for line in _lines(results, student):
             if line.missing:
-                parts.append(_filled(f"{line.title:<{width}}    -   not available: {line.missing}", width + 8))
+                why = f"not asked for ({line.flag})" if line.flag else f"not available: {line.missing}"
+                parts.append(_filled(f"{line.title:<{width}}    -   {why}", width + 8))
                 continue
             start = f"{line.title:<{width}}{line.n:>5}{line.live:>13}{line.ema:>13}{line.images:>10}{line.bytes:>10}"
             parts.append(_filled(f"{start}  {line.note}", len(start) + 2))
@@ -116,7 +118,9 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     steps = _steps(own["rows"].get("set"))
     for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
-            yield Line(title, missing=about["unavailable"].get(row, "not measured"))
+            reason = about["unavailable"].get(row)
+            flag = "--upper_bound" if row == "upper_bound" else f"--controls {row.partition('_')[0]}"
+            yield Line(title, missing=reason or "not measured", flag="" if reason else flag)
             continue
         found, about_row = own["rows"][row], about["rows"][row]
         notes = _notes(found["each"])
