@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, controls, disk, evaluate, judged, launch, lessons, record, teachers, trials, work
+from edc_hub import comparison, controls, disk, evaluate, launch, lessons, record, students, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.errors import InputError
@@ -361,7 +361,7 @@ def test_a_timm_and_a_transformers_student_stand_beside_ours(toy_run, tmp_path):
 
 @pytest.mark.parametrize("side", [(20, 26), (33, 20), (24, 24)])
 def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, monkeypatch, side):
-    monkeypatch.setattr(judged, "BATCH", 2)
+    monkeypatch.setattr(students, "TEST_BATCH", 2)
     x, y = np.meshgrid(np.linspace(0, 255, side[0]), np.linspace(0, 255, side[1]))
     image = PIL.Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))  # a value is a place
     splits = {"train": [0, 1, 2] * 4, "test": [2, 0, 1]}
@@ -690,7 +690,7 @@ def test_papers_figures_stand_beside_students_and_images_that_are_theirs(toy_run
 
 
 def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run, session):
-    here = trials.machine(session)
+    here = launch.machine(session)
     other = {"hardware": {**here["hardware"], "threads": 99}, "versions": {**here["versions"], "torch": "1.0"}}
     about = told(toy_run, session, facts=[other])
     assert about["hardware"]["threads"] == 99 and about["versions"]["torch"] == "1.0"
@@ -700,7 +700,7 @@ def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run
 
 
 def test_students_whose_machine_was_not_kept_are_not_said_to_be_of_this_one(toy_run, session):
-    about = told(toy_run, session, facts=[{}, trials.machine(session)])
+    about = told(toy_run, session, facts=[{}, launch.machine(session)])
     assert told(toy_run, session)["versions"]["torch"] == "unknown" and "unknown" in str(about["hardware"]["threads"])
 
 
