@@ -3,12 +3,13 @@
 python benchmarks/matrix.py    # writes both between their marks
 """
 
+import re
 from collections.abc import Callable
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from edc_hub import card, recipes
+from edc_hub import recipes
 from edc_hub.recipe import Recipe
 from edc_hub.selection import selected
 
@@ -32,6 +33,12 @@ def markdown(tables: list[dict[str, Cell]]) -> str:
             rows.append([f"`{name}`", *(_both(cell, *files[name]) for cell in columns.values())])
         shown.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     return "\n\n".join(shown)
+
+
+def filled(text: str, tables: list[dict[str, Cell]]) -> str:
+    """`text` with the tables between its marks."""
+    marks = r"(?s)(<!-- matrix[^>]*-->\n).*(\n<!-- /matrix -->)"
+    return re.sub(marks, lambda found: f"{found[1]}{markdown(tables)}{found[2]}", text)
 
 
 def _recipe(data: str, method: str) -> Recipe:
@@ -179,4 +186,4 @@ PLACES: dict[Path, list[dict[str, Cell]]] = {
 
 if __name__ == "__main__":
     for place, tables in PLACES.items():
-        place.write_text(card.filled(place.read_text("utf-8"), "matrix", markdown(tables)), "utf-8")
+        place.write_text(filled(place.read_text("utf-8"), tables), "utf-8")

@@ -14,16 +14,15 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from . import codecs, recipes, results, snippets, terms
+from . import codecs, disk, documents, recipes, report, results, snippets, terms
+from . import manifest as manifests
 from .errors import InputError
 from .recipe import Evaluation
 from .tables import Written
+from .versions import OBSERVERS
 
 
 TEMPLATE = terms.CARDS / "card.md.jinja"
-MEASURED = ("results", "prefixes", "example")
-"""Places of a card between the marks `<!-- name -->` and `<!-- /name -->`, filled when students were trained."""
-
 _BLOCKS = ("configs", "dataset_info")
 _LICENSE = ("license", "license_name", "license_link")
 
@@ -35,30 +34,31 @@ def render(
     *,
     data: dict[str, Written] | None = None,
     old: str | None = None,
-    measured: bool = True,
+    measured: dict[str, Any] | None = None,
     published: dict[str, Any] | None = None,
 ) -> str:
     """The text of README.md; what a person added to the card that it replaces is in it again.
 
     Args: repo: what a reader gives to `load_dataset`; data: the tables of each configuration, `old` names them where
-    not given; measured: `old` is of the same rows, so what it measured holds, but for accuracies of other lines than
-    are shown; published: weights, arch and bytes of each observer that is published beside the set.
+    not given; measured: the content of results.json; published: that of OBSERVERS.
     """
     if data is None:
         blocks = {name: value for name, value in _read(old).data.to_dict().items() if name in _BLOCKS}
     else:
         blocks = _configurations(manifest, data)
-    made = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, published)
-    if old is None:
-        return made
-    stamp = of_example(manifest, evaluation)
-    for name in MEASURED if measured else ():
-        there = marked(old, name)
-        if there and there.strip().startswith("Not measured yet."):
-            continue  # what a run's own card says of it, a published one does not
-        if there and (name == "results" or stamp in there):
-            made = filled(made, name, there)
-    return kept(made, old)
+    made = _rendered(_metadata(manifest, blocks), manifest, evaluation, repo, measured or {}, published or {})
+    return made if old is None else kept(made, old)
+
+
+def again(folder: Path) -> None:
+    """Writes the card of a run's dataset folder, where it has one, with what its results.json says by now."""
+    readme = folder / "README.md"
+    if readme.is_file():
+        evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
+        measured, published = (disk.json_of(folder / name) for name in ("results.json", OBSERVERS))
+        given = {"old": readme.read_text("utf-8"), "measured": measured, "published": published}
+        text = render(manifests.read(folder / "manifest.json"), evaluation, f"./{folder.name}", **given)
+        disk.write_text(readme, text)
 
 
 def _read(text: str) -> DatasetCard:
@@ -69,17 +69,13 @@ def _read(text: str) -> DatasetCard:
         raise InputError("README.md: its metadata is broken YAML; correct it, between the lines of ---") from error
 
 
-def of_example(manifest: dict[str, Any], evaluation: Evaluation) -> str:
-    """What stands beside accuracies of the example; readers of the card do not see it."""
-    return f"<!-- of the example sha256:{snippets.digest(manifest, evaluation)} -->"
-
-
 def _rendered(
     metadata: DatasetCardData,
     manifest: dict[str, Any],
     evaluation: Evaluation,
     repo: str,
-    published: dict[str, Any] | None,
+    measured: dict[str, Any],
+    published: dict[str, Any],
 ) -> str:
     soft, source = manifest["soft_labels"], terms.UNKNOWN | manifest["source"]
     steps = {
@@ -110,10 +106,12 @@ def _rendered(
         configs=_sizes(manifest),
         labelling=[observer["name"] for observer in manifest["observers"] if "relabel" in observer["roles"]],
         repo=repo,
+        results=report.markdown(measured) if "students" in measured else "",
+        prefixes=report.prefixes(measured, snippets.digest(manifest, evaluation)),
         example=snippets.example(manifest, evaluation, repo),
         label_columns=codecs.described(soft, len(manifest["classes"])),
         pinned=f" --source.revision {source['commit']}" if source["commit"] else "",
-        published=published or {},
+        published=published,
         steps=" → ".join(step for step, used in steps.items() if used),
     )
     return made.rstrip() + "\n"  # Jinja drops the last line's end
@@ -133,29 +131,6 @@ def _cited(manifest: dict[str, Any], source: dict[str, Any], citations: list[str
     elif method.partition("-")[0] not in ("edc", "random"):
         whole.append("the method" if len(citations) > 1 else f"the method, {method}, as its authors ask")
     return f"{', '.join(whole)} and EDC, whose pipeline this is"
-
-
-def with_results(text: str, markdown: str) -> str:
-    """The card `text` with `markdown` between the marks of its results; at its end where it has no marks."""
-    if marked(text, "results") is None:
-        text = f"{text.rstrip()}\n\n## Results\n\n<!-- results -->\n<!-- /results -->\n"
-    return filled(text, "results", markdown)
-
-
-def filled(text: str, name: str, markdown: str) -> str:
-    """`text` with `markdown` between the marks of `name`; as it is where it has no such marks."""
-    return _between(name).sub(lambda marks: f"{marks[1]}\n{markdown.strip()}\n{marks[3]}", text, 1)
-
-
-def marked(text: str, name: str) -> str | None:
-    """What stands between two marks; None without marks."""
-    found = _between(name).search(text)
-    return found[2].strip() if found else None
-
-
-def _between(name: str) -> re.Pattern:
-    """What stands between two marks, and they; the first may say behind a colon what fills it."""
-    return re.compile(rf"(<!-- {name}(?:: [^\n>]*)? -->)(.*?)(<!-- /{name} -->)", re.DOTALL)
 
 
 def kept(text: str, old: str) -> str:

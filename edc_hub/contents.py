@@ -43,8 +43,8 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
     """What is published of a dataset folder: what its manifest names, and the texts and pictures beside it.
 
     Args: published: the content of OBSERVERS; that of the folder where not given.
-    Errors: InputError for a file that is not the one of the manifest, and for a set without stored views whose
-    observers are not published.
+    Errors: InputError for a file that is not the one of the manifest, damaged results, and a set without stored views
+    whose observers are not published.
     """
     from . import card
     from . import manifest as manifests
@@ -69,7 +69,11 @@ def dataset(folder: Path, id: str, published: dict[str, Any] | None = None) -> V
         )
     old, recipe = (texts[path].content.decode() for path in ("README.md", "recipe.yaml"))
     evaluation = recipes.resolve(documents.read(recipe, "recipe.yaml")).evaluation
-    text = card.render(manifest, evaluation, id, old=old, published=published)
+    try:
+        measured = json.loads(texts["results.json"].content) if "results.json" in texts else {}
+    except ValueError as error:
+        raise InputError(f"{folder / 'results.json'}: damaged; remove it and measure again") from error
+    text = card.render(manifest, evaluation, id, old=old, measured=measured, published=published)
     texts["README.md"] = File.read("README.md", text.encode())
     return Version(id, "dataset", "manifest.json", {**data, **texts}, lambda own: card.kept(text, own))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from . import disk, documents, keys, methods, recipes
 from .errors import InputError, OtherStopped
@@ -243,6 +243,17 @@ def device_name(running: "Session") -> str:
 
     gpu = running.device.type == "cuda"
     return torch.cuda.get_device_name(running.device) if gpu else platform.processor() or platform.machine()
+
+
+def machine(running: "Session") -> dict[str, dict[str, Any]]:
+    """The hardware, but for the device, and the versions that a student is trained with here."""
+    import torch
+
+    from .manifest import version
+
+    counts = {"processes": running.state.num_processes, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    versions = {name: version(name) for name in ("torch", "timm", "transformers", "datasets")}
+    return {"hardware": counts, "versions": versions}
 
 
 def emulates_bfloat16() -> bool:

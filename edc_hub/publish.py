@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import constants
 from pydantic import Field
 
-from . import arguments, contents, hub, launch
+from . import arguments, contents, disk, hub, launch
 from .hub import Plan
 from .hub_errors import may_write
 from .recipe import Recipe
@@ -93,8 +93,10 @@ def push(
         if models:
             with suppress(OSError):  # where the folder may be written, the next version names them too
                 (folder / OBSERVERS).write_bytes(version.files[OBSERVERS].content)
-        if "Not measured yet." in (folder / "README.md").read_text(encoding="utf-8"):
-            say(f"the card of {id} misses accuracies: edc-hub evaluate and showcase fill it in; then publish again")
+        measured = disk.json_of(folder / "results.json")
+        commands = {"students": "edc-hub evaluate", "prefixes": "edc-hub showcase"}
+        if missing := [command for part, command in commands.items() if part not in measured]:
+            say(f"the card of {id} misses accuracies: run {' and '.join(missing)}, then publish again")
         return done
 
 

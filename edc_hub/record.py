@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from . import card, disk, documents, recipes, report, results
+from . import card, disk, documents, launch, recipes, report, results
 from .accuracy import top1
 from .comparison import Comparison, Parsed
 from .protocol import Evaluation
 from .realset import RealSet
 from .recipe import Recipe
 from .results import Outcome
-from .trials import Bench, Done, machine
+from .trials import Bench, Done
 from .work import Session
 
 
@@ -28,7 +28,7 @@ def about(parsed: Parsed, bench: Bench, done: list[Done], session: Session) -> d
     """Everything that a reader of the figures must know, for results.json."""
     asked, first, judged = parsed.comparison, parsed.sets[0], bench.judged_on
     every = [each.facts for each in done]
-    unknown = {part: dict.fromkeys(facts, "unknown") for part, facts in machine(session).items()}  # of older students
+    unknown = {part: dict.fromkeys(facts, "unknown") for part, facts in launch.machine(session).items()}  # older ones
     rows = {}
     for row in dict.fromkeys(each.trial.row for each in done):
         own = [each.facts for each in done if each.trial.row == row]
@@ -148,8 +148,8 @@ def curves(done: list[Done]) -> bytes:
 def write(found: dict[str, Any], picture: bytes, folder: Path) -> None:
     """Writes results.json and the curves; into a dataset folder, the table into its card too."""
     results.write(found, folder)
-    readme, is_set = folder / "README.md", (folder / "manifest.json").is_file()
+    is_set = (folder / "manifest.json").is_file()
     place = (folder / "assets" if is_set else folder) / "curves.png"
     disk.write_atomically(place, lambda path: path.write_bytes(picture))
-    if is_set and readme.is_file():
-        disk.write_text(readme, card.with_results(readme.read_text(encoding="utf-8"), report.markdown(found)))
+    if is_set:
+        card.again(folder)

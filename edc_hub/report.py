@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Iterator
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ _STYLES = {
 
 
 class Line(NamedTuple):
-    """A row as a table shows it; `missing` says why there is none."""
+    """A row as a table shows it; `missing` says why there is none, `flag` what asks for it where nobody did."""
 
     title: str
     n: str = ""
@@ -38,6 +39,7 @@ class Line(NamedTuple):
     bytes: str = ""
     note: str = ""
     missing: str = ""
+    flag: str = ""
 
 
 def table(results: dict[str, Any]) -> str:
@@ -49,7 +51,8 @@ def table(results: dict[str, Any]) -> str:
         parts += ["", head, "-" * len(head)]
         for line in _lines(results, student):
             if line.missing:
-                parts.append(_filled(f"{line.title:<{width}}    -   not available: {line.missing}", width + 8))
+                why = f"not asked for ({line.flag})" if line.flag else f"not available: {line.missing}"
+                parts.append(_filled(f"{line.title:<{width}}    -   {why}", width + 8))
                 continue
             start = f"{line.title:<{width}}{line.n:>5}{line.live:>13}{line.ema:>13}{line.images:>10}{line.bytes:>10}"
             parts.append(_filled(f"{start}  {line.note}", len(start) + 2))
@@ -76,9 +79,21 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def prefixes(results: dict[str, Any], sha: str) -> list[tuple[int, str, str]]:
+    """What the example of this hash reaches on the first k images of each class: k, accuracy, number of students."""
+    shown = [it for it in results.get("prefixes", ()) if it["example_sha256"] == sha]
+    return [(it["images_per_class"], accuracy(it["accuracy"]), _count(len(it["accuracy"]), "student")) for it in shown]
+
+
+def accuracy(values: list[float]) -> str:
+    """Mean and sample standard deviation of fractions, in %."""
+    return f"{percent(fmean(values), stdev(values) if len(values) > 1 else None)} %"
+
+
 def _facts(about: dict[str, Any]) -> dict[str, str]:
     """What holds for every row, by what it is about."""
     made, test, size, hardware = (about[name] for name in ("set", "test", "bytes", "hardware"))
+    test = {"split": "test", "own": True} | test  # results of earlier commits do not say
     revision = f" at {made['revision']}" if made["revision"] else ""
     commit = f" at {test['commit'][:12]}" if test["commit"] else ""
     parts = {"images": "images", "labels": "soft labels", "views": "view parameters", "observers": "observers"}
@@ -103,7 +118,9 @@ def _lines(results: dict[str, Any], student: str) -> Iterator[Line]:
     steps = _steps(own["rows"].get("set"))
     for row, (title, *_) in ROWS.items():
         if row not in own["rows"]:
-            yield Line(title, missing=about["unavailable"].get(row, "not measured"))
+            reason = about["unavailable"].get(row)
+            flag = "--upper_bound" if row == "upper_bound" else f"--controls {row.partition('_')[0]}"
+            yield Line(title, missing=reason or "not measured", flag="" if reason else flag)
             continue
         found, about_row = own["rows"][row], about["rows"][row]
         notes = _notes(found["each"])

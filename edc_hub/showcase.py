@@ -9,12 +9,11 @@ epoch on the whole test split; nothing is selected on it. It goes into results.j
 import sys
 from contextlib import chdir
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import Field
 
-from . import arguments, card, disk, documents, launch, recipes, results, snippets
+from . import arguments, disk, documents, launch, recipes, results
 from .recipe import Recipe
 from .section import Positive, Section
 
@@ -45,7 +44,7 @@ main = launch.entry(command)
 def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     """For each k of `prefixes` the accuracies, a student each, of the example on the first k images of each class."""
     from . import manifest as manifests
-    from . import source
+    from . import report, snippets, source
 
     manifest = manifests.read(run / "dataset/manifest.json")
     code = snippets.example(manifest, recipe.evaluation, "./dataset")
@@ -55,7 +54,7 @@ def measure(run: Path, recipe: Recipe, seeds: int) -> list[dict[str, Any]]:
     for k in prefixes(manifest["ipc"]):
         accuracy = [_train(run, prefix(code, k, manifest["ipc"]), seed, images, labels) for seed in range(seeds)]
         found.append({"images_per_class": k, "accuracy": [round(value, 4) for value in accuracy]})
-        print(f"first {k} of each class: {_percent(accuracy)}", file=sys.stderr, flush=True)
+        print(f"first {k} of each class: {report.accuracy(accuracy)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -88,31 +87,16 @@ def _train(run: Path, code: str, seed: int, images, labels) -> float:
 
 
 def publish(folder: Path, found: list[dict[str, Any]]) -> None:
-    """Writes `prefixes` into results.json and what a card says of them into README.md."""
+    """Writes `prefixes` into results.json, and the card, which shows them."""
+    from . import card, snippets
     from . import manifest as manifests
 
-    readme = folder / "README.md"
-    manifest = manifests.read(folder / "manifest.json")
     evaluation = recipes.resolve(documents.load(folder / "recipe.yaml")).evaluation
-    sha, stamp = snippets.digest(manifest, evaluation), card.of_example(manifest, evaluation)
-    rows = "\n".join(f"| {it['images_per_class']} | {_percent(it['accuracy'])} |" for it in found)
-    table = f"| k | top-1, last epoch, test split; {_students(found[-1])} |\n|--:|---|\n{rows}"
+    sha = snippets.digest(manifests.read(folder / "manifest.json"), evaluation)
     with disk.turn(folder.parent):
         old = disk.json_of(folder / "results.json")
         results.write({**old, "prefixes": [{**it, "example_sha256": sha} for it in found]}, folder)
-        text = readme.read_text(encoding="utf-8")
-        text = card.filled(text, "example", f"{_percent(found[-1]['accuracy'])}, {_students(found[-1])}.\n{stamp}")
-        text = card.filled(text, "prefixes", f"{table}\n\n{stamp}")
-        disk.write_text(readme, text)
-
-
-def _percent(accuracy: list[float]) -> str:
-    return f"{results.percent(fmean(accuracy), stdev(accuracy) if len(accuracy) > 1 else None)} %"
-
-
-def _students(entry: dict[str, Any]) -> str:
-    number = len(entry["accuracy"])
-    return f"{number} student{'s' if number > 1 else ''}"
+        card.again(folder)
 
 
 if __name__ == "__main__":

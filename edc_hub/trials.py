@@ -4,21 +4,19 @@ A trial is one student on one row of the table with one seed, and one unit of wo
 again by the next comparison that has it, taken up where it was killed.
 """
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import controls, feed, judged, launch, lessons, networks, recipes, source, students, teachers, views, work
+from . import controls, feed, launch, lessons, networks, recipes, source, students, teachers, views, work
 from .comparison import Comparison
 from .condensed import CondensedSet
 from .errors import InputError, naming
 from .lessons import Lessons, Trial
-from .manifest import version
 from .networks import Network
 from .protocol import Evaluation, in_use, named_students, of_student
 from .realset import RealSet
@@ -37,18 +35,6 @@ class Done(NamedTuple):
     trial: Trial
     tensors: dict[str, Tensor]
     facts: dict
-
-
-def machine(session: Session) -> dict[str, dict[str, Any]]:
-    """The hardware, but for the device, and the versions that a student is trained with here."""
-    return {
-        "hardware": {
-            "processes": session.state.num_processes,
-            "threads": torch.get_num_threads(),
-            "cores": os.cpu_count(),
-        },
-        "versions": {name: version(name) for name in ("torch", "timm", "transformers", "datasets")},
-    }
 
 
 @dataclass
@@ -83,9 +69,20 @@ class Bench:
 
     @cached_property
     def judged_on(self) -> RealSet:
-        """The split that accuracy is measured on. Raises InputError where its classes are not the set's, or where it
-        is kept from other training images than the set's."""
-        split = judged.open_split(self.comparison, self.size, self.sets[0].names)
+        """The split that accuracy is measured on, at `test_resize` where the protocol has one. Raises InputError where
+        its images are too small, its classes not the set's, or it is kept from other training images than the set's.
+        """
+        names, resize = self.sets[0].names, self.comparison.evaluation.test_resize
+        split = source.load(self.source.model_copy(update={"size": resize or self.size}), self.comparison.split)
+        if names != split.names:
+            wrong = next((pair for pair in zip(names, split.names, strict=False) if pair[0] != pair[1]), None)
+            what = f"class '{wrong[1]}' where the set has '{wrong[0]}'" if wrong else f"{len(split.names)} classes"
+            raise InputError(
+                f"source.path: {split.id} has {what} ({len(names)} in the set); give the set that it was condensed "
+                "from, or the same source.classes"
+            )
+        if resize and split.size < self.size:
+            raise InputError(f"evaluation.test_resize: {split.size} is less than the images' {self.size} px; raise it")
         if self.comparison.split == "holdout" and self.other_images:  # a row's lot hangs on its number
             raise InputError(
                 f"split: holdout, but {self.other_images} and may have seen some of these; give source.path and "
@@ -96,7 +93,12 @@ class Bench:
     @cached_property
     def test(self) -> tuple[Tensor, Tensor]:
         """Test images uint8 (T, 3, s, s), the centre after `test_resize`, and their classes int64 (T,)."""
-        return judged.centres(self.judged_on, self.size)
+        split, edge = self.judged_on, (self.judged_on.size - self.size) // 2
+        inner, count = slice(edge, edge + self.size), students.TEST_BATCH
+        found = torch.empty((len(self.truth), 3, self.size, self.size), dtype=torch.uint8)
+        for part, (images, *_) in zip(found.split(count), split.batches(split.rows(), count), strict=True):
+            part.copy_(images[..., inner, inner])  # at `test_resize` whole images may not all fit
+        return found, self.truth
 
     @property
     def truth(self) -> Tensor:
@@ -290,7 +292,7 @@ class Bench:
             "bytes": read and sum(read.values()),
             "bytes_of": read,
             "device": launch.device_name(self.session),
-            **machine(self.session),
+            **launch.machine(self.session),
             "seconds": round(progress.elapsed, 1),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
         }

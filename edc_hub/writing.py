@@ -14,7 +14,6 @@ from . import canvas, card, disk, encoding, likeness, manifest, recipes, tables,
 from .errors import InputError
 from .labels import Labels
 from .recipe import Recipe, Relabel
-from .versions import BESIDE
 
 
 if TYPE_CHECKING:
@@ -38,12 +37,12 @@ def write(
     control: str | None = None,
     origin: dict[str, Any] | None = None,
 ) -> bool:
-    """Writes the dataset folder, or leaves it alone if it holds this very set. Returns whether it wrote.
+    """Writes the dataset folder, or leaves it alone if it holds these very rows. Returns whether it wrote.
 
     Args: files: encoded images, class-major, the first k of each class a usable set; initial: what they started from;
     observers: those of the run, for their facts; control: `initial` or `random` for a control set; origin: where
     images come from that were not made here.
-    Errors: InputError where the disk refuses, and where the folder holds other images or labels.
+    Errors: InputError where the disk refuses, and where the folder holds a whole set of other images or labels.
     """
     published = recipes.published(recipe)
     known = manifest.facts(recipe, files, real, labels, observers, control, published)
@@ -59,7 +58,7 @@ def write(
         files=[hashlib.sha256(file).hexdigest() for file in files],
         source_rows=initial.source_rows.tolist(),
     )
-    for left in (*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")):
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(left)  # of a run that was killed; a run folder has one writer
     old = manifest.there(folder)
     if old.get("fingerprint") == known["fingerprint"] and manifest.is_whole(folder, old):
@@ -85,39 +84,19 @@ def write(
             known["likeness"] = likeness.facts(of_pictures, tiles, real, whole=whole)
         facts = manifest.complete(known, part, data)
         disk.write_text(part / "manifest.json", json.dumps(facts, indent=2) + "\n")
-        same, readme = old.get("configs") == facts["configs"], folder / "README.md"  # the very rows
-        if not same and old.get("versions") == facts["versions"]:  # other libraries may write the same rows otherwise
+        if manifest.is_whole(folder, old):
+            if old.get("configs") == facts["configs"]:  # the very rows, by another release of a library
+                return False
             raise InputError(
                 f"output_dir: {folder} is finished, of other images or labels than this recipe gives now (a method's "
-                "file or weights have changed); give this run another output_dir"
+                "file, weights or a library have changed); give this run another output_dir"
             )
-        theirs = readme.read_text(encoding="utf-8") if readme.is_file() else None
         place = f"./{folder.name}"  # no Hub id: load_dataset takes whatever set of such a name is cached
-        text = card.render(facts, recipe.evaluation, place, data=data, old=theirs, measured=same)
-        disk.write_text(part / "README.md", text)
-        if same:
-            _carry(folder, part, old["fingerprint"], facts["fingerprint"])
-        _replace(part, folder)
+        disk.write_text(part / "README.md", card.render(facts, recipe.evaluation, place, data=data))
+        with disk.disk_errors(folder):
+            if folder.exists():  # half written
+                shutil.rmtree(folder)
+            part.rename(folder)
         return True
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _carry(folder: Path, part: Path, old: str, new: str) -> None:
-    """Takes over what was measured and published of the same rows where only facts about them have changed, as with
-    another release of a library. Results name their set by its fingerprint."""
-    for path in BESIDE:
-        if not (folder / path).is_file() or (part / path).exists():
-            continue
-        if path.endswith(".json"):
-            disk.write_text(part / path, (folder / path).read_text(encoding="utf-8").replace(old, new))
-        else:
-            disk.write_atomically(part / path, partial(shutil.copyfile, folder / path))
-
-
-def _replace(part: Path, folder: Path) -> None:
-    old = part.with_suffix(".old")
-    if folder.exists():
-        folder.rename(old)
-    part.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

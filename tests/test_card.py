@@ -10,9 +10,9 @@ import torch
 from helpers_labels import CLASSES, COUNT, IPC, noise, written
 from huggingface_hub import DatasetCard
 from PIL import Image
+from test_results import about, trained
 
-from edc_hub import CondensedSet, card, documents, recipes, snippets, students
-from edc_hub.card import with_results
+from edc_hub import CondensedSet, card, documents, recipes, results, snippets, students
 from edc_hub.feed import Batch
 from edc_hub.protocol import Evaluation
 
@@ -155,16 +155,31 @@ def test_the_card_of_a_published_set_names_its_place(dataset):
     assert not re.search(r"""["/]dataset["` ]""", old.replace("./dataset", ""))  # a set of this id may be cached
 
 
-def test_what_was_measured_is_in_the_card_again(dataset, tmp_path):
+def test_what_was_measured_is_in_the_card_where_it_is_of_these_lines(dataset):
     text, manifest, evaluation = read(dataset)
-    stamp = card.of_example(manifest, evaluation)
-    for name in card.MEASURED:
-        text = card.filled(text, name, f"{name}: 52.1 ± 0.4\n{stamp}")
-    made = card.render(manifest, evaluation, "org/toy", old=text)
-    assert all(card.marked(made, name) == f"{name}: 52.1 ± 0.4\n{stamp}" for name in card.MEASURED)
+    assert text.count("Not measured yet. `edc-hub evaluate --dataset RUN`") == 1
+    assert text.count("Not measured yet. `edc-hub showcase RUN`") == 2
+    found = results.summarise(trained("set", 0.52, student="convnet"), about())
+    sha = snippets.digest(manifest, evaluation)
+    figures = [(1, [0.5]), (2, [0.4, 0.6])]
+    found["prefixes"] = [{"images_per_class": k, "accuracy": it, "example_sha256": sha} for k, it in figures]
+    made = card.render(manifest, evaluation, "./dataset", old=text, measured=found)
+    assert (
+        "under the same training.\n\n| student |" in made
+        and "| **convnet** | condensed set | 3 | 52.4 ± 0.4 |" in made
+    )
+    table = "| k | top-1, last epoch, test split; 2 students |\n|--:|---|\n| 1 | 50.0 % |\n| 2 | 50.0 ± 14.1 % |\n"
+    assert f"lines below:\n\n{table}\n## " in made and "exactly these lines:\n\n50.0 ± 14.1 %, 2 students.\n\n" in made
+    assert "Not measured yet." not in made and card.render(manifest, evaluation, "./dataset", old=made) == text
     other = evaluation.model_copy(update={"epochs": evaluation.epochs + 1})  # then they are of other lines
-    made = card.render(manifest, other, "org/toy", old=text)
-    assert ["52.1" in card.marked(made, name) for name in card.MEASURED] == [True, False, False]
+    made = card.render(manifest, other, "org/toy", old=text, measured=found)
+    assert "| **convnet** |" in made and made.count("Not measured yet.\n") == 2  # its readers have no run
+
+
+def test_accuracies_in_a_card_of_an_older_release_are_not_taken_over(dataset):
+    text, manifest, evaluation = read(dataset)
+    older = text.replace("Not measured yet.", "<!-- results -->\n| **old** |\n<!-- /results -->", 1)
+    assert card.render(manifest, evaluation, "./dataset", old=older) == text
 
 
 def test_tags_and_license_of_an_older_card_of_ours_are_no_person_s(dataset):
@@ -224,18 +239,6 @@ def test_a_section_behind_any_block_of_code_stays(dataset, code):
     assert "\n## Mine\n\nWords.\n" in kept and kept.count("## License") == 1
 
 
-def test_a_set_that_is_written_again_keeps_them_too(session, tmp_path):
-    folder = written(tmp_path / "dataset", session)
-    with open(folder / "README.md", "a", encoding="utf-8") as file:
-        file.write("\n## Contact\n\nMe.\n")
-    manifest = folder / "manifest.json"
-    manifest.write_text(
-        json.dumps({**json.loads(manifest.read_text("utf-8")), "versions": {"torch": "2.9.0"}}), "utf-8"
-    )
-    written(folder, session, images=noise(COUNT, 16, seed=8))  # which an older torch gave other pixels
-    assert "## Contact\n\nMe." in (folder / "README.md").read_text("utf-8")
-
-
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -289,27 +292,8 @@ def test_the_grid_shows_each_start_beside_its_image(dataset):
     )
 
 
-def test_results_stand_between_their_marks_and_nothing_else_changes(dataset):
-    text = (dataset / "README.md").read_text("utf-8")
-    assert "## Results" in text and "Not measured yet." in text
-    measured = with_results(text, "| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n")
-    assert "<!-- results -->\n| student |\n|---|\n| 52.1 ± 0.4 \\1 |\n<!-- /results -->" in measured
-    assert card.marked(measured, "results").endswith("\\1 |")
-    assert with_results(measured, card.marked(text, "results")) == text
-    assert DatasetCard(measured).data.to_dict() == DatasetCard(text).data.to_dict()
-
-
-def test_a_card_says_what_measures_it_and_tells_observers_of_one_architecture_apart(dataset):
+def test_a_card_tells_observers_of_one_architecture_apart(dataset):
     text, manifest, evaluation = read(dataset)
-    for name, command in zip(card.MEASURED, ("evaluate --dataset RUN", "showcase RUN", "showcase RUN"), strict=True):
-        assert f"`edc-hub {command}`" in card.marked(text, name)
     manifest["observers"][0]["args"] = {"depth": 3, "width": 64}
     made = card.render(manifest, evaluation, "org/toy", old=text)
     assert f"| {manifest['observers'][0]['arch']} `{{'depth': 3, 'width': 64}}` |" in made
-    assert [card.marked(made, name) for name in card.MEASURED] == ["Not measured yet."] * 3  # its readers have no run
-
-
-def test_results_come_at_the_end_of_a_card_that_has_no_place_for_them():
-    first = with_results("# A set\n\nText.\n", "one")
-    assert first == "# A set\n\nText.\n\n## Results\n\n<!-- results -->\none\n<!-- /results -->\n"
-    assert with_results(first, "two") == first.replace("one", "two")

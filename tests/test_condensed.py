@@ -17,7 +17,7 @@ from datasets import load_dataset
 from helpers_labels import CLASSES, COUNT, IPC, RELABEL, Observers, noise, real, recipe, written
 from PIL import Image
 
-from edc_hub import CondensedSet, card, contents, encoding, labels, recipes, showcase, tables
+from edc_hub import CondensedSet, contents, encoding, labels, recipes, showcase, tables
 from edc_hub.errors import InputError
 from edc_hub.recipe import Images
 
@@ -113,35 +113,38 @@ def test_a_folder_that_holds_this_set_is_left_alone(session, tmp_path):
     folder = written(tmp_path / "dataset", session)
     inode = folder.stat().st_ino
     (folder / "results.json").write_text("{}")
-    (tmp_path / ".dataset.host.1.old").mkdir()  # of a run killed right after its last rename
+    (tmp_path / ".dataset.host.1.tmp").mkdir()  # of a run that was killed
     written(folder, session)
     assert folder.stat().st_ino == inode and (folder / "results.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifacts", "dataset"]
 
 
-def test_what_was_measured_of_a_set_stays_when_another_release_of_a_library_writes_it_anew(
-    session, tmp_path, monkeypatch
-):
+@pytest.fixture
+def released(session, tmp_path, monkeypatch):
+    """A finished set with what was measured of it, and libraries of another release than those that wrote it."""
     folder = written(tmp_path / "dataset", session)
-    before = {
-        path: (folder / path).read_bytes() for path in json.loads((folder / "manifest.json").read_text())["files"]
-    }
-    measured = {"results.json": "{}", "observers.json": "{}", "assets/curves.png": "curves"}
-    for path, text in measured.items():
+    for path, text in {"results.json": "{}", "observers.json": "{}", "assets/curves.png": "curves"}.items():
         (folder / path).write_text(text)
-    readme = folder / "README.md"
-    readme.write_text(card.with_results(readme.read_text(), "| measured | 61.8 |"))
+    with open(folder / "README.md", "a") as file:
+        file.write("\n## Contact\n\nMe.\n")
     monkeypatch.setattr("edc_hub.manifest.version", lambda name: "99.0")
-    written(folder, session)
-    assert json.loads((folder / "manifest.json").read_text())["versions"]["pillow"] == "99.0"
-    assert {path: (folder / path).read_bytes() for path in before} == before
-    assert {path: (folder / path).read_text() for path in measured} == measured and "| 61.8 |" in readme.read_text()
-    with pytest.raises(InputError, match="is finished, of other images or labels than this recipe gives now"):
-        written(folder, session, epochs=3)
-    assert {path: (folder / path).read_text() for path in measured} == measured
-    monkeypatch.setattr("edc_hub.manifest.version", lambda name: "100.0")  # which may write other bytes
-    written(folder, session, epochs=3)  # other labels: nothing was measured of them
-    assert not any((folder / path).exists() for path in measured) and "| 61.8 |" not in readme.read_text()
+    return folder
+
+
+def test_a_finished_set_stays_as_it_is_where_another_release_of_a_library_gives_the_same_rows(session, released):
+    before = content(released)
+    written(released, session)
+    assert content(released) == before
+    assert sorted(path.name for path in released.parent.iterdir()) == ["artifacts", "dataset"]
+
+
+def test_a_finished_set_is_never_replaced_by_other_rows_whatever_the_releases(session, released):
+    before = content(released)
+    for other in ({"epochs": 3}, {"images": noise(COUNT, 16, seed=8)}):
+        with pytest.raises(InputError, match="is finished, of other images or labels than this recipe gives now"):
+            written(released, session, **other)
+        assert content(released) == before
+    assert sorted(path.name for path in released.parent.iterdir()) == ["artifacts", "dataset"]
 
 
 def test_a_damaged_or_half_written_folder_is_written_again(session, tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 from toys import png, write_parquet
 
-from edc_hub import comparison, controls, disk, evaluate, judged, launch, lessons, record, teachers, trials, work
+from edc_hub import comparison, controls, disk, evaluate, launch, lessons, record, students, teachers, trials, work
 from edc_hub.condensed import CondensedSet
 from edc_hub.encoding import encode
 from edc_hub.errors import InputError
@@ -170,7 +170,7 @@ def test_results_curves_and_the_card_s_table_lie_in_the_run_and_in_every_dataset
         assert (folder / "results.json").read_text() == text
         assert PIL.Image.open(folder / "assets/curves.png").format == "PNG"
         card = (folder / "README.md").read_text()
-        section = card.split("<!-- results -->")[1].split("<!-- /results -->")[0]
+        section = card.split("## Results\n")[1].split("Prefixes, ")[0]
         assert "edc (batch 4, epochs 2, ema decay 0.5, rand_augment 0)" in section and "margin over (i)" in section
         assert "**wide**" in section and "of the last epoch" in section and "| n |" in section
     assert (toy_run / "evaluation/curves.png").is_file() and str(toy_run) not in text
@@ -195,7 +195,7 @@ def test_what_a_person_wrote_in_the_card_stays(whole, toy_run):
     mine = "\n## My notes\n\nmade on a rainy day\n"
     card.write_text(card.read_text() + mine)
     run(toy_run, *FEW)
-    assert card.read_text().endswith(mine) and card.read_text().count("<!-- results -->") == 1
+    assert card.read_text().endswith(mine) and card.read_text().count("## Results\n") == 1
     card.write_text(card.read_text().removesuffix(mine))
 
 
@@ -361,7 +361,7 @@ def test_a_timm_and_a_transformers_student_stand_beside_ours(toy_run, tmp_path):
 
 @pytest.mark.parametrize("side", [(20, 26), (33, 20), (24, 24)])
 def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, session, tmp_path, monkeypatch, side):
-    monkeypatch.setattr(judged, "BATCH", 2)
+    monkeypatch.setattr(students, "TEST_BATCH", 2)
     x, y = np.meshgrid(np.linspace(0, 255, side[0]), np.linspace(0, 255, side[1]))
     image = PIL.Image.fromarray(np.stack([x, y, 255 - x], -1).astype(np.uint8))  # a value is a place
     splits = {"train": [0, 1, 2] * 4, "test": [2, 0, 1]}
@@ -694,7 +694,7 @@ def test_papers_figures_stand_beside_students_and_images_that_are_theirs(toy_run
 
 
 def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run, session):
-    here = trials.machine(session)
+    here = launch.machine(session)
     other = {"hardware": {**here["hardware"], "threads": 99}, "versions": {**here["versions"], "torch": "1.0"}}
     about = told(toy_run, session, facts=[other])
     assert about["hardware"]["threads"] == 99 and about["versions"]["torch"] == "1.0"
@@ -704,7 +704,7 @@ def test_hardware_and_versions_are_those_that_students_were_trained_with(toy_run
 
 
 def test_students_whose_machine_was_not_kept_are_not_said_to_be_of_this_one(toy_run, session):
-    about = told(toy_run, session, facts=[{}, trials.machine(session)])
+    about = told(toy_run, session, facts=[{}, launch.machine(session)])
     assert told(toy_run, session)["versions"]["torch"] == "unknown" and "unknown" in str(about["hardware"]["threads"])
 
 

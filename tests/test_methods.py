@@ -11,7 +11,7 @@ import torch
 import yaml
 from toys import Net, Watching
 
-from edc_hub import card, condense, keys, methods, recipes, students, synthesize
+from edc_hub import condense, keys, methods, recipes, students, synthesize
 from edc_hub.condensed import CondensedSet
 from edc_hub.errors import InputError
 from edc_hub.initialize import Initial
@@ -260,7 +260,7 @@ MATRIX = runpy.run_path(str(ROOT / "benchmarks/matrix.py"))
 def test_the_matrix_is_the_one_that_the_methods_files_give(place):
     text, tables = place.read_text(encoding="utf-8"), MATRIX["PLACES"][place]
     assert MATRIX["markdown"](tables) in text, "run python benchmarks/matrix.py"
-    assert card.filled(text, "matrix", MATRIX["markdown"](tables)) == text
+    assert MATRIX["filled"](text, tables) == text
 
 
 def test_the_matrix_has_a_row_a_method_and_as_many_cells_as_columns():

@@ -15,8 +15,9 @@ from types import SimpleNamespace
 import fresh
 import pytest
 from hub import Hub, environment, python
+from test_results import about, trained
 
-from edc_hub import hub_errors
+from edc_hub import hub_errors, results
 from edc_hub.errors import InputError
 
 
@@ -178,7 +179,7 @@ def asked(hub, method, path):
 def test_a_run_becomes_one_commit_and_one_tag_on_it(hub, publish, dataset, name):
     done = publish(dataset.parent, name)
     assert (done.status, done.out) == (0, f"{hub.url}/datasets/{name}/tree/v1.0.0\n"), done.err
-    assert "misses accuracies: edc-hub evaluate" in done.err  # nobody has measured it
+    assert "misses accuracies: run edc-hub evaluate and edc-hub showcase, then publish again" in done.err
     assert commits(hub, name) == ["v1.0.0"]
     assert hub.tags(name) == {"v1.0.0": hub.commits(name)[0].oid}
     files = hub.files(name, "v1.0.0")
@@ -208,6 +209,21 @@ def test_results_are_a_patch_and_data_a_minor_version(hub, publish, dataset, oth
     assert "results.json" not in hub.files(name)  # they were of other data
     assert "results.json" in hub.files(name, "v1.0.1")
     assert commits(hub, name) == ["v1.1.0", "v1.0.1", "v1.0.0"]
+
+
+def test_a_published_card_shows_what_its_results_hold_and_nothing_else(hub, publish, dataset, name, tmp_path):
+    folder = copy(dataset, tmp_path)
+    found = results.summarise(trained("set", 0.52), about())
+    results.write(found, folder)
+    assert "misses accuracies: run edc-hub showcase, then" in publish(folder, name).err
+    assert "| **resnet18** | condensed set | 3 | 52.4 ± 0.4 |" in hub.files(name)["README.md"].decode()
+    (folder / "README.md").write_text(hub.files(name)["README.md"].decode())  # which has the table
+    (folder / "results.json").unlink()
+    assert "evaluate and edc-hub showcase" in publish(folder, name).err
+    assert "resnet18** |" not in hub.files(name)["README.md"].decode() and "results.json" not in hub.files(name)
+    (folder / "results.json").write_text('{"about": ')
+    damaged = publish(folder, name)
+    assert damaged.status == 2 and damaged.err.endswith("results.json: damaged; remove it and measure again\n")
 
 
 def test_other_classes_or_a_newer_format_are_a_major_version(publish, dataset, name, tmp_path):

@@ -247,11 +247,21 @@ def test_the_table_shows_every_row_or_why_it_is_not_there():
     found = results.summarise(kept, about(unavailable=missing))
     for text in (report.table(found), report.markdown(found)):
         assert "not available: the set's observers are not published" in row_of(text, "(i) initial images")
-        assert "not available: not measured" in row_of(text, "whole real set")
         assert "the better" in row_of(text, "hard labels, unmixed") and "better" not in row_of(
             text, "hard labels, mixed"
         )
         assert "3 draws x 3 seeds" in row_of(text, "random real images") and "margin over" not in text
+
+
+def test_a_row_that_nobody_asked_for_says_how_to_ask_for_it():
+    found = results.summarise(trained("set", 0.5), about(unavailable={"hard_mixed": "the protocol mixes no views"}))
+    text = report.table(found)
+    assert row_of(text, "(iii) hard labels, mixed").endswith("not available: the protocol mixes no views")
+    rows = {"(i) initial": "--controls initial", "(ii) random": "--controls random", "whole real": "--upper_bound"}
+    rows |= {"(iii) hard labels, unmixed": "--controls hard", "equal bytes, mixed": "--controls real"}
+    for row, flag in rows.items():
+        assert row_of(text, row).endswith(f" not asked for ({flag})")
+        assert "not available: not measured" in row_of(report.markdown(found), row)  # its readers ask for nothing
 
 
 def test_random_images_of_one_or_two_draws_say_that_these_are_few():
@@ -271,6 +281,12 @@ def test_a_row_of_other_steps_says_so():
 def test_the_holdout_is_never_taken_for_the_test_split():
     text = report.table(results.summarise(everything(), about(split="holdout")))
     assert "split holdout (kept from the training images, for choices)" in text
+
+
+def test_the_card_of_a_set_that_an_earlier_commit_measured_can_be_made_again():
+    found = results.summarise(everything(), about())
+    del found["about"]["test"]["split"], found["about"]["test"]["own"], found["about"]["averaged"]
+    assert "split test, 10,000 images" in report.markdown(found)
 
 
 def test_the_card_has_protocol_students_n_bytes_hardware_controls_and_margin():
