@@ -204,6 +204,8 @@ def test_a_holdout_is_measured_for_a_choice_and_is_no_result_of_the_set(whole, t
     found = run(toy_run, *FEW, "--split", "holdout", out=tmp_path / "out")
     assert "split holdout of train: protocol edc" in capsys.readouterr().err
     assert found["about"]["split"] == "holdout" and found["about"]["test"]["images"] == 9  # a quarter of 36
+    asked = comparison.parse(["--dataset", str(toy_run), "--split", "holdout"])
+    assert evaluate.places(asked.comparison, asked.sets[0])[0] == toy_run / "evaluation/holdout"
     assert {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")} == before
 
 
@@ -372,6 +374,40 @@ def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, sess
     expected = np.asarray(v2.Compose([v2.Resize(12), v2.CenterCrop(8)])(image)).transpose(2, 0, 1).astype(float)
     pixel = 255 / (12 * max(side) / min(side))  # of the longer side, which PIL rounds to whole pixels
     assert np.abs(images[0].numpy() - expected).max() <= (0 if side[0] == side[1] else pixel + 2)
+
+
+def test_a_student_is_another_where_anything_that_decides_it_is(toy_run, session, monkeypatch):
+    monkeypatch.setattr(teachers.Teachers, "fingerprints", [])
+    made = bench(toy_run, session, *FEW, "--upper_bound")
+    trials_of, section = {trial.row: trial for trial in made.trials()}, made.sections["narrow"]
+    images = made.sets[0].manifest["images"]
+
+    def mark(row="set", **changes):
+        made.sections["narrow"] = section.model_copy(update=changes)
+        return made.unit(trials_of[row]).fingerprint
+
+    found = [mark(), mark(lr=0.5), mark(weight_decay=0.5), mark(test_resize=12), mark(precision="bfloat16")]
+    found.append(mark(labels="online"))
+    monkeypatch.setattr(teachers.Teachers, "fingerprints", ["other"])
+    found.append(mark(labels="online"))
+    plain, whole = mark(), mark("upper_bound")
+    made.real.fingerprint = "other"
+    assert mark() == plain and mark("upper_bound") != whole
+    for place, key, value in (
+        (made.students, "narrow", made.students["narrow"].model_copy(update={"args": {"depth": 1}})),
+        (images, "mean", [0.4] * 3),
+        (vars(made.comparison), "split", "holdout"),
+        (vars(made.judged_on), "fingerprint", "other"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setitem(place, key, value)
+            found.append(mark())
+    assert len(set(found)) == len(found)
+
+
+def test_random_images_of_another_seed_are_others(toy_run, two):
+    first, second = (CondensedSet.load(run / "controls/random/0").images for run in (toy_run, two))
+    assert not torch.equal(first, second)
 
 
 # Processes
