@@ -412,6 +412,7 @@ def test_a_cutout_is_a_square_of_half_the_side_in_the_sources_mean():
         assert torch.equal(mix(x), expected)
         corners.add(mix.hole)
     assert len(corners) > 50  # of 64
+    assert max(bottom - top for top, bottom, _, _ in corners) == 4
     torch.testing.assert_close(mix.cross_entropy(x[:, 0, 0], LABELS[:2]), F.cross_entropy(x[:, 0, 0], LABELS[:2]))
 
 
@@ -442,6 +443,14 @@ def test_flatness_of_statistics_is_part_of_the_loss_and_of_its_gradient(session)
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "sam"])
+def test_running_statistics_remember_every_step_once(session, tmp_path, kind):
+    made = recipe(3, flatness={"kind": kind}, ema=0.5)
+    (observed,) = real_observers(made, session, [network("batch")])
+    run(made, [observed], session, tmp_path)
+    assert observed.matcher.running["block"].weight.tolist() == pytest.approx(1 - 0.5**3)
 
 
 # Blocks and recipes
