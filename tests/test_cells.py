@@ -47,6 +47,15 @@ def test_a_finished_set_of_another_source_of_the_same_name_is_not_replaced(root,
     assert "row 'a': output_dir: " in (err := capsys.readouterr().err) and "differs in source.path;" in err
 
 
+def test_results_of_other_seeds_another_split_or_other_controls_lie_apart(root, tmp_path):
+    file = written(root)
+
+    def folder(*more):
+        return cells.parse(arguments(file, tmp_path / "runs", *more)).cells[0].folder
+
+    assert len({folder(), folder("--split", "holdout"), folder("--seeds", "5"), folder("--controls", "hard")}) == 4
+
+
 # Mistakes
 
 

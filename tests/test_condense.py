@@ -362,6 +362,20 @@ def test_a_dry_run_of_a_stream_reads_no_further_than_its_first_images(session, m
     assert seen == list(range(20))
 
 
+def test_a_projection_is_steps_times_seconds_and_rows_times_bytes(session, monkeypatch):
+    monkeypatch.setattr(plan, "seconds_of", lambda *_: 1.0)
+    net = {"name": "a", "arch": "convnet", "args": {"depth": 1, "width": 8}, "train": {"epochs": 3, "batch": 50}}
+    section = {"ipc": 2, "observers": {"networks": [net]}, "moments": {"batch": 50}}
+    section |= {"synthesize": {"iterations": 12, "block": 10}, "relabel": {"epochs": 4, "controls": False}}
+    made = Recipe.model_validate(section)
+    real = source.load(made.source)
+    found, count = plan.project(made, real, plan.untrained(made, 10, session), session), len(real.rows())
+    whole = {"observers": 3 * count / 50, "moments": count / 50, "initialize": 0, "synthesize": 12 * 2}
+    assert found == pytest.approx(whole | {"relabel": (1 + 1) / 50 * 4 * 20})  # a look and a view
+    view = 2 + 4 + 4 * 2 + 1 + (4 + 4 * 2 + 1 + 4 * 2 + 4)  # epoch, image, crop, flip, and the mix
+    assert plan.sizes(made, real.images(real.rows()[:32]), 20, 10)["soft_labels"] == (80, 80 * (view + 2 * 10))
+
+
 def test_what_a_killed_run_was_building_is_not_taken_for_somebody_elses(tmp_path):
     for left in ("controls/random/.2.host.77.tmp", ".dataset.host.77.tmp"):
         (tmp_path / left / "images").mkdir(parents=True)

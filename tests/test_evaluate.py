@@ -127,6 +127,8 @@ def test_every_student_is_trained_on_every_set_with_every_seed_and_on_all_contro
         assert counts == pairs | {"random": 2 + 1, "upper_bound": 2}  # draws of the first set and of the second
         each = {(one["set"], one["seed"]) for one in student["rows"]["set"]["each"]}
         assert each == {(number, seed) for number in (0, 1) for seed in (0, 1)}
+        draws = {(one["set"], one["draw"], one["seed"]) for one in student["rows"]["random"]["each"]}
+        assert draws == {(0, 0, 0), (0, 1, 1), (1, 0, 0)}  # which take the seeds in turn
         assert student["margin"]["n"] == 4 and set(student["dd_ranking"]) == {"hlr", "ior", "lrs"}
 
 
@@ -181,7 +183,9 @@ def test_an_accuracy_is_that_of_the_last_epoch_s_predictions(whole, toy_run, ses
     made = trials.Bench(parsed.comparison, parsed.sets, session, session.store.root.parent)
     session.store.root = toy_run.parent / "artifacts"
     each = whole.results["students"]["wide"]["rows"]["set"]["each"]
-    for trial in [trial for trial in made.trials() if (trial.student, trial.row) == ("wide", "set")]:
+    own = [trial for trial in made.trials() if (trial.student, trial.row) == ("wide", "set")]
+    assert len(own) == len(each) == 4
+    for trial in own:
         tensors, truth = session.store.load(made.unit(trial)), made.test[1]
         (found,) = [one for one in each if (one["set"], one["seed"]) == (trial.set, trial.seed)]
         for name in ("live", "ema"):
@@ -204,6 +208,8 @@ def test_a_holdout_is_measured_for_a_choice_and_is_no_result_of_the_set(whole, t
     found = run(toy_run, *FEW, "--split", "holdout", out=tmp_path / "out")
     assert "split holdout of train: protocol edc" in capsys.readouterr().err
     assert found["about"]["split"] == "holdout" and found["about"]["test"]["images"] == 9  # a quarter of 36
+    asked = comparison.parse(["--dataset", str(toy_run), "--split", "holdout"])
+    assert evaluate.places(asked.comparison, asked.sets[0])[0] == toy_run / "evaluation/holdout"
     assert {path: path.stat().st_mtime_ns for path in (toy_run / "dataset").rglob("*")} == before
 
 
@@ -242,8 +248,13 @@ def test_a_set_away_from_its_run_has_no_control_images(lonely, toy_run, tmp_path
 def test_hard_rows_are_the_set_s_own_images_with_their_classes(toy_run, session):
     made = bench(toy_run, session, "--seeds", "0")
     images = CondensedSet.load(toy_run / "dataset")
-    for trial in [trial for trial in made.trials() if trial.row.startswith("hard")]:
+    hard = [trial for trial in made.trials() if trial.row.startswith("hard")]
+    assert len(hard) == 2
+    for trial in hard:
         section = made.section(trial)
+        read = made.lessons.read_bytes(trial, section)
+        assert read["labels"] == 0 < read["images"]
+        assert (read["views"] > 0) == (trial.row == "hard_mixed")  # where they say how images are mixed
         fed = made.lessons.feed(trial, section, seed=1)
         assert section.loss == "ce" and fed.count == 6
         batches = list(fed.epoch(0, torch.Generator().manual_seed(0)))
@@ -275,7 +286,9 @@ def test_real_rows_fill_the_set_s_bytes_with_balanced_classes_and_take_its_steps
     cost = [len(file) for file in encode(made.real.images(few), encoding)]
     assert sum(cost) <= 900 < sum(cost) + 400 and set(made.real.labels[few].tolist()) == {0, 1, 2}
     assert len(lessons.equal_bytes(made.real, 1, encoding, 0)[0]) == 3  # one a class at least
-    for trial in [trial for trial in made.trials() if trial.row.startswith("real")]:
+    real = [trial for trial in made.trials() if trial.row.startswith("real")]
+    assert len(real) == 4
+    for trial in real:
         fed = made.lessons.feed(trial, made.section(trial), seed=1)
         own = made.lessons.feed(trial._replace(row="set"), made.sections["narrow"], seed=1)
         batches = list(fed.epoch(0, torch.Generator().manual_seed(0)))
@@ -372,6 +385,40 @@ def test_test_images_are_resized_and_cut_as_pil_and_torchvision_do(toy_run, sess
     expected = np.asarray(v2.Compose([v2.Resize(12), v2.CenterCrop(8)])(image)).transpose(2, 0, 1).astype(float)
     pixel = 255 / (12 * max(side) / min(side))  # of the longer side, which PIL rounds to whole pixels
     assert np.abs(images[0].numpy() - expected).max() <= (0 if side[0] == side[1] else pixel + 2)
+
+
+def test_a_student_is_another_where_anything_that_decides_it_is(toy_run, session, monkeypatch):
+    monkeypatch.setattr(teachers.Teachers, "fingerprints", [])
+    made = bench(toy_run, session, *FEW, "--upper_bound")
+    trials_of, section = {trial.row: trial for trial in made.trials()}, made.sections["narrow"]
+    images = made.sets[0].manifest["images"]
+
+    def mark(row="set", **changes):
+        made.sections["narrow"] = section.model_copy(update=changes)
+        return made.unit(trials_of[row]).fingerprint
+
+    found = [mark(), mark(lr=0.5), mark(weight_decay=0.5), mark(test_resize=12), mark(precision="bfloat16")]
+    found.append(mark(labels="online"))
+    monkeypatch.setattr(teachers.Teachers, "fingerprints", ["other"])
+    found.append(mark(labels="online"))
+    plain, whole = mark(), mark("upper_bound")
+    made.real.fingerprint = "other"
+    assert mark() == plain and mark("upper_bound") != whole
+    for place, key, value in (
+        (made.students, "narrow", made.students["narrow"].model_copy(update={"args": {"depth": 1}})),
+        (images, "mean", [0.4] * 3),
+        (vars(made.comparison), "split", "holdout"),
+        (vars(made.judged_on), "fingerprint", "other"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setitem(place, key, value)
+            found.append(mark())
+    assert len(set(found)) == len(found)
+
+
+def test_random_images_of_another_seed_are_others(toy_run, two):
+    first, second = (CondensedSet.load(run / "controls/random/0").images for run in (toy_run, two))
+    assert not torch.equal(first, second)
 
 
 # Processes
@@ -518,15 +565,16 @@ def test_classes_that_are_not_those_of_the_set_are_one_line(toy_run, tmp_path, c
 
 
 def test_bytes_of_one_real_image_a_class_are_of_all_classes():
-    pixels = torch.randint(256, (300, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = torch.randint(256, (300, 3, 72, 72), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    encoding = Images(format="jpeg", quality=31)  # as the set is
     real = SimpleNamespace(
         names=list(range(300)),
         rows=lambda label: torch.tensor([label]),
         images=lambda rows: pixels[rows],
         keep=lambda rows: None,
     )
-    rows, told = lessons.equal_bytes(real, 1000, Images(), 0)
-    assert sorted(rows.tolist()) == list(range(300)) and told == sum(map(len, encode(pixels, Images())))
+    rows, told = lessons.equal_bytes(real, 1000, encoding, 0)
+    assert sorted(rows.tolist()) == list(range(300)) and told == sum(map(len, encode(pixels, encoding)))
 
 
 def test_a_real_set_beyond_the_memory_is_one_line(toy_run, tmp_path, capsys, monkeypatch):

@@ -226,6 +226,16 @@ def test_clean_views_are_crops_alone_of_all_images(condensed):
     assert next(Stored(condensed, 4, CPU, seed=0).clean(seeded())).shape == (4, 3, 16, 16)
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_clean_views_are_cropped_and_mirrored_as_views_are(flip):
+    ramp = torch.arange(16, dtype=torch.uint8).mul(16).expand(1, 3, 16, 16).contiguous()
+    for smallest, whole in ((1.0, 1), (0.1, 0)):
+        view = ViewSettings(crop_area=[smallest, 1.0], flip=flip)
+        rows = torch.cat(list(Drawn(ramp, LABELS[:1], view, 50, CPU, seed=0, teach=None).clean(seeded())))[:, 0, 0]
+        assert (rows[:, 0] > rows[:, -1]).float().mean() == pytest.approx(flip / 2, abs=0.06)
+        assert ((rows.amax(1) == 240 / 255) & (rows.amin(1) == 0)).float().mean() == pytest.approx(whole, abs=0.1)
+
+
 def test_a_stream_is_read_twice_for_real_images_of_equal_bytes_however_many_there_are(monkeypatch):
     whole, stream = (source.load(Source(size=8, streaming=streaming)) for streaming in (False, True))
     passes, read = [], stream.source.dataset.iter

@@ -292,6 +292,21 @@ def test_finished_images_are_found_and_only_keys_that_matter_change_them(folder,
         assert obtain(changed, observers, session)[0].fingerprint != first.fingerprint
 
 
+def test_images_of_another_source_of_other_weights_or_by_another_key_are_others(folder, observers, session):
+    keys = {"kind": "rded", "ipc": 2, "images_per_class": 8, "crops": 1}
+    real = source.load(make_recipe(folder).source)
+
+    def mark(**changes):
+        return initialize.obtain(make_recipe(folder, **keys | changes), real, observers, session).fingerprint
+
+    found = [mark(), mark(ipc=1), mark(seed=1), mark(crops=2), mark(images_per_class=9), mark(crop_area=[0.3, 1.0])]
+    observers.fingerprint = "{}@{} retrained".format
+    found.append(mark())
+    real.fingerprint = "other"
+    found.append(mark())
+    assert len(set(found)) == len(found)
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [

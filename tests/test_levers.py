@@ -412,6 +412,7 @@ def test_a_cutout_is_a_square_of_half_the_side_in_the_sources_mean():
         assert torch.equal(mix(x), expected)
         corners.add(mix.hole)
     assert len(corners) > 50  # of 64
+    assert max(bottom - top for top, bottom, _, _ in corners) == 4
     torch.testing.assert_close(mix.cross_entropy(x[:, 0, 0], LABELS[:2]), F.cross_entropy(x[:, 0, 0], LABELS[:2]))
 
 
@@ -444,6 +445,14 @@ def test_flatness_of_statistics_is_part_of_the_loss_and_of_its_gradient(session)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["none", "sam"])
+def test_running_statistics_remember_every_step_once(session, tmp_path, kind):
+    made = recipe(3, flatness={"kind": kind}, ema=0.5)
+    (observed,) = real_observers(made, session, [network("batch")])
+    run(made, [observed], session, tmp_path)
+    assert observed.matcher.running["block"].weight.tolist() == pytest.approx(1 - 0.5**3)
+
+
 # Blocks and recipes
 
 
@@ -455,8 +464,8 @@ CHANGES = [
 ]  # fmt: skip
 
 
-def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, monkeypatch):
-    start, made = Initial(images(6), torch.zeros(6, 1, dtype=torch.int32), "start"), []
+def test_a_lever_or_another_input_makes_new_blocks_and_the_defaults_find_the_old_ones(session, monkeypatch):
+    made = []
 
     def optimise(images, labels, observed, *_):
         made.append([one.accuracy for one in observed])
@@ -467,12 +476,13 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
     observers = SimpleNamespace(
         load=lambda name, _: nets[name], facts=lambda name, _: {"accuracy": {"a": 0.7, "b": 0.4}[name]}
     )
-    moments = SimpleNamespace(targets=lambda name, *_: target(nets[name]), fingerprint=lambda _: "moments")
     entries = [{"name": name, "arch": "convnet", "train": {"epochs": 1}} for name in nets]
 
-    def obtain(**keys):
-        whole = Recipe.model_validate(recipe(**keys).model_dump() | {"ipc": 3, "observers": {"networks": entries}})
-        before = len(made)
+    def obtain(begun="start", aim="moments", seed=0, std=STD, **keys):
+        start = Initial(images(6), torch.zeros(6, 1, dtype=torch.int32), begun)
+        moments = SimpleNamespace(targets=lambda name, *_: target(nets[name]), fingerprint=lambda _: aim)
+        given = recipe(**keys).model_dump() | {"ipc": 3, "seed": seed, "observers": {"networks": entries}}
+        whole, before = Recipe.model_validate(given | {"source": {**given["source"], "std": std}}), len(made)
         synthesize.obtain(whole, SimpleNamespace(names=["x", "y"]), observers, moments, start, session)
         return made[before:]
 
@@ -481,6 +491,8 @@ def test_a_lever_makes_new_blocks_and_the_defaults_find_the_old_ones(session, mo
         new = obtain(**keys)
         assert len(new) == 1 and obtain(**keys) == []
         assert new[0] == ([0.7, 0.4] if keys.get("pick") == "accuracy" else [None, None])
+    for other in ({"begun": "b"}, {"aim": "b"}, {"seed": 1}, {"std": [0.3] * 3}):
+        assert len(obtain(**other)) == 1 and obtain(**other) == []
     assert obtain() == []
     # a key of a later release that is not in LATER would have every finished block made again
     facts = synthesize._facts(Synthesize())

@@ -275,6 +275,18 @@ def test_a_change_of_target_does_not_repeat_the_pass_and_a_new_observer_runs_alo
     assert set(both.loaded) == {"more"}
 
 
+def test_targets_of_other_images_views_or_aims_are_others(session):
+    nets, other, rrc = Nets(net=network()), Real(), {"augment": "rrc"}
+    other.fingerprint = "other"
+
+    def mark(real, **section):
+        return moments.obtain(recipe(**{"rows": 20, **section}), real, nets, session).fingerprint([("net", 1)])
+
+    sections = [{}, {"target": "exact"}, {"bn_target": "pass"}, {"batch": 5}, {"rows": 30}, {"patch": 2}, rrc]
+    sections += [{**rrc, "crop_area": [0.5, 1.0]}, {**rrc, "flip": False}]
+    assert len({mark(other), *(mark(Real(), **section) for section in sections)}) == 1 + len(sections)
+
+
 class Killed(Exception):
     pass
 

@@ -596,6 +596,11 @@ def test_combinations_that_cannot_work_are_refused_in_one_line(argv, line):
     assert line in error("digits", *argv.split(" "))
 
 
+def test_real_images_for_every_block_are_not_drawn_from_a_stream():
+    line = error("imagenet1k", "--source.streaming", "true", "--synthesize.class_scope", "local")
+    assert line.startswith("synthesize.class_scope: local draws real images for every block; write source.streaming: ")
+
+
 def test_what_a_combination_does_not_use_is_not_refused():
     recipe("digits", "--relabel.batch", 1, "--relabel.mix", "none")
     recipe("digits", "--synthesize.iterations", 0, "--synthesize.observers", "[]")

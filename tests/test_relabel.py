@@ -290,6 +290,8 @@ def test_a_finished_set_is_not_replaced_by_one_of_other_images(run, made, theirs
     for more in ([], ["--dry_run"]):
         assert run(other, "made", *more)[0] == 2
         assert "is finished and of their-digits; give this run another output_dir" in capsys.readouterr().err
+    other = write(tmp_path / "their-digits", theirs[1].flip(0), [i % 10 for i in reversed(range(30))])
+    assert run(other, "made")[0] == 2 and "their-digits, which has changed since" in capsys.readouterr().err
     assert digests(made) == before
 
 

@@ -167,7 +167,8 @@ def test_scores_are_those_of_dd_ranking_with_the_better_hard_labels():
 def test_scores_take_the_better_hard_labels_of_each_weights():
     figures = {"hard_mixed": (0.4, 0.1), "hard_unmixed": (0.3, 0.2), "upper_bound": (0.9, 0.9)}
     outcomes = [Outcome(row, "r", 0, 0, 0, live, ema, 9, 1.0) for row, (live, ema) in figures.items()]
-    assert results.summarise(outcomes, about())["students"]["r"]["dd_ranking"]["hlr"] == {"live": 0.5, "ema": 0.7}
+    found = results.summarise(outcomes, about())["students"]["r"]
+    assert found["dd_ranking"]["hlr"] == {"live": 0.5, "ema": 0.7} and found["better"] == {"hard": "hard_unmixed"}
 
 
 def test_the_row_of_a_protocol_of_hard_labels_is_that_of_the_scores():

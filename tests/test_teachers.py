@@ -171,6 +171,13 @@ def test_teachers_use_the_batch_s_statistics_where_the_set_s_labels_do(toy_run, 
     assert not torch.allclose(made.teach(x, {}), labels.mean_logits(networks, x, given.relabel, beside))
 
 
+def test_networks_of_others_label_by_their_own_statistics_where_the_set_s_labels_use_the_batch_s(toy_run, beside):
+    condensed, judge = CondensedSet.load(toy_run / "dataset"), {"name": "judge", "train": {"epochs": 1}, **ARCH}
+    section = Evaluation.model_validate({"teachers": [judge]})
+    condensed.recipe["relabel"]["observer_mode"] = "batch"
+    assert not teachers.Teachers(condensed, section, recipe(toy_run).source, beside).of_batches
+
+
 def test_only_the_observers_that_label_the_set_label_online(toy_run, beside):
     root = toy_run.parent.parent
     run = make(root, "one", "--relabel.observers", "other", "--relabel.controls", "false")

@@ -19,13 +19,15 @@ MANIFEST = {"format_version": "1.0", "classes": ["a"], "configs": {"images": "",
     [
         ({}, "v1.3.0"),
         ({"magnitude": 5}, "v1.3.0"),
+        ({"epochs": 5}, "v1.3.0"),
         *(({key: 5}, "v2.0.0") for key in ("codec", "top_k", "rand_augment", "shuffle", "view_version")),
     ],
 )
-def test_other_columns_are_a_major_version(changed, version):
+def test_other_columns_or_classes_are_a_major_version(changed, version):
     old, new = ({**MANIFEST, "soft_labels": soft} for soft in (SOFT, {**SOFT, **changed}))
     assert versions.following("v1.2.3", json.dumps(old), json.dumps(new), False) == version
     assert versions.following("v1.2.3", json.dumps(old), json.dumps(old), True) == "v1.2.4"
+    assert versions.following("v1.2.3", json.dumps({**old, "classes": ["b"]}), json.dumps(new), True) == "v2.0.0"
 
 
 @pytest.mark.parametrize(

@@ -268,3 +268,4 @@ def test_columns_are_the_schemas_and_only_those_in_use():
 def test_the_whole_image_is_a_view_of_itself():
     images = noise(4, 20)
     assert torch.equal(views.apply(images, views.whole(4, 20), 20), images.float() / 255)
+    assert (views.whole(400, 20)["crop"] == torch.tensor([0, 0, 20, 20])).all()  # also where no draw has this ratio
