@@ -331,9 +331,9 @@ def test_a_folder_without_a_finished_set_is_refused_with_a_hint(dataset, tmp_pat
     with pytest.raises(InputError, match=f"edc-hub condense {tmp_path}/recipe.yaml goes on with the run"):
         CondensedSet.load(tmp_path)
     assert CondensedSet.load(dataset.parent).manifest == CondensedSet.load(dataset).manifest
-    with pytest.raises(InputError, match="nowhere/at-all: neither a folder"):
+    with pytest.raises(InputError, match="nowhere/at-all: no folder here, not in the cache, and HF_HUB_OFFLINE is"):
         CondensedSet.load("nowhere/at-all")
-    with pytest.raises(InputError, match="neither a folder"):
+    with pytest.raises(InputError, match="missing: no folder here, and no data set on the Hub can have this name"):
         CondensedSet.load(str(tmp_path / "missing"))
 
 
