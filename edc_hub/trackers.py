@@ -1,5 +1,7 @@
 """Experiment trackers (`report_to`): curves and accuracies of finished students, through accelerate's trackers."""
 
+import sys
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,12 +30,13 @@ def log(asked: Comparison, folder: Path, done: list[Done], outcomes: list[Outcom
         tracker_class = tracking.LOGGER_TYPE_TO_CLASS[kind]
         where = {"logging_dir": folder / "tracking"} if tracker_class.requires_logging_directory else {}
         try:
-            tracker = tracker_class(Path(asked.called).name, **where)
-            tracker.start()
-            tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
-            for epoch, values in sorted(_by_epoch(done, outcomes).items()):
-                tracker.log(values, step=epoch)
-            tracker.finish()
+            with redirect_stdout(sys.stderr):  # trackio tells of itself on stdout
+                tracker = tracker_class(Path(asked.called).name, **where)
+                tracker.start()
+                tracker.store_init_configuration({"dataset": ",".join(asked.dataset), **config})
+                for epoch, values in sorted(_by_epoch(done, outcomes).items()):
+                    tracker.log(values, step=epoch)
+                tracker.finish()
         except Exception as error:  # each in its own way: no login, no network, no disk
             reason = first_line(error) or type(error).__name__
             raise InputError(

@@ -481,7 +481,7 @@ def test_a_tracker_that_fails_costs_neither_table_nor_results(toy_run, tmp_path,
     assert "Traceback" not in err
 
 
-def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_path, monkeypatch):
+def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_path, monkeypatch, capsys):
     steps, seen = [], {}
 
     class Tracker:
@@ -491,7 +491,7 @@ def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_
             self.name = name
 
         def start(self):
-            pass
+            print("the tracker's own words")
 
         finish = start
 
@@ -506,6 +506,8 @@ def test_a_tracker_sees_every_student_and_steps_that_never_go_back(toy_run, tmp_
     monkeypatch.setattr("accelerate.tracking.LOGGER_TYPE_TO_CLASS", {"wandb": Tracker})
     found = run(toy_run, "--seeds", "0,1", "--controls", "initial", "--report_to", "wandb", out=tmp_path)
     assert steps == sorted(set(steps)) == [0, 1]
+    out, err = capsys.readouterr()
+    assert "condensed set" in out and "own words" not in out and "own words" in err
     (own,) = found["students"].values()
     for row in ("set", "initial"):
         for each in own["rows"][row]["each"]:
