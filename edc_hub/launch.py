@@ -104,18 +104,21 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
     """A finished set is never overwritten by another recipe's. Raises InputError naming the first keys that differ.
 
     `path` is the recipe that the set carries, without the folders of local files; `run`, where given, that of its run
-    folder, which has them.
+    folder, which has them. A key that an earlier release did not have counts as its default: rows that then come out
+    otherwise are refused when they are written.
     """
     if not path.is_file():
         return
-    theirs = keys.leaves(recipes.load(path), Recipe)
-    ours = keys.leaves(documents.read(recipes.published(recipe), "recipe"), Recipe)
-    both = sorted(theirs.keys() & ours.keys())  # said before what another release did not have
-    changed = [key for key in [*both, *sorted(theirs.keys() ^ ours.keys())] if theirs.get(key) != ours.get(key)]
+
+    def differing(file: Path, text: str) -> list[str]:
+        theirs, ours = (keys.leaves(each, Recipe) for each in (recipes.load(file), documents.read(text, "recipe")))
+        default = keys.leaves(Recipe().model_dump(), Recipe)
+        return [key for key in sorted(theirs | ours) if theirs.get(key, default.get(key)) != ours.get(key)]
+
+    changed = differing(path, recipes.published(recipe))
     if run and run.is_file():
-        theirs = keys.leaves(recipes.load(run), Recipe)
-        whole = keys.leaves(documents.read(recipes.dump(recipe), "recipe"), Recipe)
-        changed += [key for key in sorted(ours) if key not in changed and theirs.get(key) != whole.get(key)]
+        whole = differing(run, recipes.dump(recipe))
+        changed += [key for key in whole if key not in changed and key.partition(".")[0] not in methods.RUNTIME]
     if changed:
         more = f" and {len(changed) - 3} more keys" if len(changed) > 3 else ""
         raise InputError(

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from timm.data import ImageNetInfo
 
-from edc_hub import cli, documents, keys, recipes, terms
+from edc_hub import cli, documents, keys, launch, recipes, terms
 from edc_hub.errors import InputError
 from edc_hub.recipe import Recipe
 from edc_hub.selection import selected
@@ -454,6 +454,26 @@ def test_a_recipe_of_other_images_has_a_name_of_its_own(file):
     assert error(path) == "name: none given, and digits would bring the values of that set; write name: mine"
     assert parse(path, "--name", "pets").recipe.name == "pets"
     assert parse(file(own + "{size: 8}", "no-path.yaml")).recipe.name == "digits"
+
+
+def test_a_set_of_a_release_with_fewer_keys_is_the_same_where_what_is_new_is_at_its_default(tmp_path):
+    digits = recipe("digits")
+    carried = documents.read(recipes.published(digits), "recipe")
+    place, whole = tmp_path / "set.yaml", tmp_path / "run.yaml"
+    whole.write_text(recipes.dump(digits))
+    del carried["synthesize"]["residual"], carried["seed"]
+    place.write_text(documents.write(carried))
+    launch.refuse_another_recipe(digits, place, whole)
+    moved = digits.model_copy(update={"output_dir": "elsewhere", "threads": 1})
+    launch.refuse_another_recipe(moved, place, whole)
+    for changed in ({"seed": 1}, {"synthesize": digits.synthesize.model_copy(update={"alpha": 0.1})}):
+        with pytest.raises(InputError, match=f"is finished and differs in {next(iter(changed))}"):
+            launch.refuse_another_recipe(digits.model_copy(update=changed), place, whole)
+    assert digits.synthesize.iterations != type(digits.synthesize)().iterations  # the recipe's, not the default
+    del carried["synthesize"]["iterations"]
+    place.write_text(documents.write(carried))
+    with pytest.raises(InputError, match="differs in synthesize.iterations; give this run another output_dir"):
+        launch.refuse_another_recipe(digits, place, whole)
 
 
 @pytest.mark.parametrize(
