@@ -386,15 +386,21 @@ def test_the_least_accuracy_is_twice_chance_and_of_few_classes_half_way(classes,
     assert observers.least_accuracy(classes) == pytest.approx(least)
 
 
-def test_another_normalisation_shows_as_an_error_that_names_it(trained, real, calm, tmp_path):
-    save_file(trained[0], tmp_path / "net.safetensors")
-    with pytest.raises(InputError, match=r"below 20.0% \(10 classes\); check mean \[100.*, std .*stem"):
-        observers.obtain(loaded(tmp_path / "net.safetensors", mean=[100.0] * 3), real, calm)
+@pytest.fixture
+def strange(trained, tmp_path):
+    """A file of weights that see something else in these images: the last layer's are turned round."""
+    turned = {name: -value if value.ndim == 2 else value for name, value in trained[0].items()}
+    save_file(turned, tmp_path / "net.safetensors")
+    return tmp_path / "net.safetensors"
 
 
-def test_another_normalisation_is_found_before_another_observer_is_trained(trained, real, calm, tmp_path):
-    save_file(trained[0], tmp_path / "net.safetensors")
-    wrong = {**TINY, "name": "given", "weights": str(tmp_path / "net.safetensors"), "mean": [100.0] * 3}
+def test_weights_that_do_not_fit_the_images_are_an_error_that_names_their_normalisation(strange, real, calm):
+    with pytest.raises(InputError, match=r"below 20.0% \(10 classes\); check mean \[0.25.*, std .*stem"):
+        observers.obtain(loaded(strange, mean=[0.25] * 3), real, calm)
+
+
+def test_weights_that_do_not_fit_are_found_before_another_observer_is_trained(strange, real, calm):
+    wrong = {**TINY, "name": "given", "weights": str(strange)}
     with pytest.raises(InputError, match="given is right on .* below 20.0%"):
         observers.obtain(recipe([TINY, wrong]), Watched(real, dies_at=0), calm)
 
