@@ -104,7 +104,7 @@ def parse(argv: list[str]) -> Parsed:
             f"sweep: expected one, got {len(named)}; write a YAML file or one of: {recipes.listing(SHIPPED)}"
         )
     file = recipes.find(named[0], SHIPPED, "sweep")
-    for path in keys.leaves(given, _Known).keys() - keys.table(_Known):
+    for path in sorted(keys.leaves(given, _Known).keys() - keys.table(_Known)):
         if not path.startswith("options."):  # said of what was typed, not of a row
             raise InputError(f"{path}: unknown key{keys.meant(path, _Known)}")
     chosen = {name: given.pop(name) for name in Choices.model_fields if name in given}

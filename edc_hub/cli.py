@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 
 from . import __version__
-from .errors import InputError
+from .errors import STOPPED, InputError
 
 
 _COMMANDS = {
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
 
         return launch.status(lambda: _without_command(argv))
     except KeyboardInterrupt:  # while it was imported
-        print("edc-hub: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        print(STOPPED, file=sys.stderr, flush=True)
         return 130
 
 

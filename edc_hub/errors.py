@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
+STOPPED = "edc-hub: stopped; the same command goes on from here"  # what ctrl-C is answered with, wherever it falls
+
+
 class InputError(ValueError):
     """What the user gave is wrong: a recipe key, a file, a data set, a device.
 

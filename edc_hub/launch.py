@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import disk, documents, keys, methods, recipes
-from .errors import InputError, OtherStopped
+from .errors import STOPPED, InputError, OtherStopped
 from .recipe import Recipe
 
 
@@ -40,7 +40,7 @@ def status(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left; say nothing at exit
         return 0
     except KeyboardInterrupt:
-        print("edc-hub: stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        print(STOPPED, file=sys.stderr, flush=True)
         return 130
     except Exception:
         traceback.print_exc()
@@ -110,9 +110,10 @@ def refuse_another_recipe(recipe: Recipe, path: Path, run: Path | None = None) -
     if not path.is_file():
         return
 
+    default = keys.leaves(Recipe().model_dump(), Recipe)
+
     def differing(file: Path, text: str) -> list[str]:
         theirs, ours = (keys.leaves(each, Recipe) for each in (recipes.load(file), documents.read(text, "recipe")))
-        default = keys.leaves(Recipe().model_dump(), Recipe)
         return [key for key in sorted(theirs | ours) if theirs.get(key, default.get(key)) != ours.get(key)]
 
     changed = differing(path, recipes.published(recipe))

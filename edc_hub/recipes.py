@@ -17,7 +17,7 @@ from .documents import load
 from .errors import InputError
 from .methods import RUNTIME
 from .protocol import Evaluation, named_students
-from .recipe import Recipe
+from .recipe import Recipe, Source
 from .rules import validate
 
 
@@ -57,7 +57,7 @@ def parse(argv: list[str], prog: str, **facts: Any) -> Parsed:
         raise InputError(f"recipe: expected one, {got}; write e.g. edc-hub {prog} digits (there are: {listing()})")
     content = load(find(named[0]))
     recipe = resolve(content | facts, overrides)
-    if "name" not in content | facts | overrides and recipe.source.path != Recipe().source.path:
+    if "name" not in content | facts | overrides and recipe.source.path != Source.model_fields["path"].default:
         raise InputError(f"name: none given, and {recipe.name} would bring the values of that set; write name: mine")
     refuse_strangers(overrides, recipe.evaluation)
     return Parsed(recipe, **flags, resolved=content.get("resolved", False))

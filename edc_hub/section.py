@@ -46,9 +46,7 @@ Rate = Annotated[float, Field(ge=0), AfterValidator(_countable)]
 Above = Annotated[float, Field(gt=0), AfterValidator(_countable)]  # 0 itself
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Channels = Annotated[list[Fraction], Field(min_length=3, max_length=3)]  # of pixels in [0, 1]
-Deviations = Annotated[
-    list[Annotated[float, Field(gt=0, le=1), AfterValidator(_countable)]], Field(min_length=3, max_length=3)
-]
+Deviations = Annotated[list[Annotated[Above, Field(le=1)]], Field(min_length=3, max_length=3)]
 Area = Annotated[
     list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2), AfterValidator(_ascending)
 ]
